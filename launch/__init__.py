@@ -1,0 +1,1 @@
+"""The steps of a fine-tuning run, one flat module each; see README.md, "Read in this order"."""

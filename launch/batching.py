@@ -1,0 +1,106 @@
+"""Which samples a step trains on, and how they are laid into micro-batches: pure arithmetic, no state.
+
+World size and memory budget change only the layout. The samples of a step, and therefore its loss and gradient,
+depend on (seed, step) alone, so a checkpoint stores nothing about the data but the step.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+MicroBatch = list[int]  # sample ids; an empty one keeps a rank in step with the others
+
+
+def samples_in_run(num_samples: int, global_batch_size: int, num_train_epochs: float, max_steps: int | None) -> int:
+    """Samples of the whole run, repeats counted; `max_steps` overrides the epochs."""
+    return max_steps * global_batch_size if max_steps is not None else math.ceil(num_samples * num_train_epochs)
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The permutation of the sample ids in one epoch."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+
+
+def step_samples(step: int, num_samples: int, global_batch_size: int, total_samples: int, seed: int) -> list[int]:
+    """Ids of the samples of step `step` (from 0): positions [step*G, (step+1)*G) of the concatenated epochs.
+
+    The order ends after `total_samples`, so the last step may be smaller.
+    """
+    start = step * global_batch_size
+    stop = min(start + global_batch_size, total_samples)
+    ids: list[int] = []
+    for epoch in range(start // num_samples, (stop - 1) // num_samples + 1):
+        first = epoch * num_samples
+        order = epoch_order(num_samples, seed, epoch)
+        ids.extend(order[max(start - first, 0) : stop - first].tolist())
+    return ids
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of everything random (dropout) in one step on one rank; nothing about randomness needs storing."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def lay_out(
+    ids: Sequence[int], lengths: Sequence[int], max_tokens: int, num_ranks: int, *, padded: bool = False
+) -> list[list[MicroBatch]]:
+    """Assign samples to `[rank][micro-batch]`, the same number of micro-batches on every rank.
+
+    `lengths[i]` are the tokens of sample `ids[i]`, each at most `max_tokens`. A packed micro-batch holds at most
+    `max_tokens` tokens; a padded one at most `max_tokens` cells (rows x longest row). As few micro-batches as the
+    budget allows, with token counts as equal as a greedy assignment makes them.
+    """
+    longest_first = sorted(zip(lengths, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
+    if longest_first and longest_first[0][0] > max_tokens:
+        raise ValueError(f"sample {longest_first[0][1]} has {longest_first[0][0]} tokens, the budget is {max_tokens}")
+    bins = _fill_padded(longest_first, max_tokens) if padded else _fill_packed(longest_first, max_tokens)
+    per_rank = max(1, math.ceil(len(bins) / num_ranks))
+    num_bins = per_rank * num_ranks
+    if not padded:
+        bins = _level(longest_first, max_tokens, num_bins) or bins
+    bins += [[] for _ in range(num_bins - len(bins))]
+    return [bins[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def _fill_packed(longest_first: Sequence[tuple[int, int]], max_tokens: int) -> list[MicroBatch]:
+    """First fit decreasing: at most 11/9 of the fewest bins possible, plus one (Johnson, 1973)."""
+    bins: list[MicroBatch] = []
+    free: list[int] = []
+    for length, sample in longest_first:
+        for index, room in enumerate(free):
+            if length <= room:
+                bins[index].append(sample)
+                free[index] -= length
+                break
+        else:
+            bins.append([sample])
+            free.append(max_tokens - length)
+    return bins
+
+
+def _fill_padded(longest_first: Sequence[tuple[int, int]], max_tokens: int) -> list[MicroBatch]:
+    bins: list[MicroBatch] = []
+    longest = 0
+    for length, sample in longest_first:
+        if bins and (len(bins[-1]) + 1) * longest <= max_tokens:
+            bins[-1].append(sample)
+        else:
+            bins.append([sample])
+            longest = length
+    return bins
+
+
+def _level(longest_first: Sequence[tuple[int, int]], max_tokens: int, num_bins: int) -> list[MicroBatch] | None:
+    """Longest first into the emptiest of `num_bins` bins; None where that breaks the budget."""
+    bins: list[MicroBatch] = [[] for _ in range(num_bins)]
+    emptiest = [(0, index) for index in range(num_bins)]
+    for length, sample in longest_first:
+        filled, index = heapq.heappop(emptiest)
+        if filled + length > max_tokens:
+            return None
+        bins[index].append(sample)
+        heapq.heappush(emptiest, (filled + length, index))
+    return bins

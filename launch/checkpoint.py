@@ -1,0 +1,237 @@
+"""Checkpoints: `runs/<name>/checkpoints/step-000500/`, whole or not there, trusted only by their manifest.
+
+World size and ZeRO stage do not appear in the format. No pickle. A checkpoint is written to a hidden directory, synced,
+and becomes visible with one rename; only then does an old one go.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from launch import engine as engines
+from launch.adapter import ADAPTER_NAME
+from launch.config import Recipe
+from launch.errors import CheckpointError
+from launch.runs import write_json
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{6,})")
+_TEMPORARY = ".saving-"
+_DELETING = ".deleting-"
+
+# What may differ between the recipe of a checkpoint and the recipe that resumes it: none of it changes a result.
+FREE_TO_CHANGE = {
+    "train": {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_tokens_per_micro_batch", "packing"},
+    "run": {"name", "output_dir", "report_to", "merge", "merge_dtype", "max_shard_size_bytes", "process_group_timeout_seconds"},
+}
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """A verified checkpoint."""
+
+    path: Path
+    state: dict[str, Any]  # state.json
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that it has behind it."""
+        return int(self.state["step"])
+
+    @classmethod
+    def read(cls, path: Path) -> "Resumable":
+        """A checkpoint that `find_resumable` chose on rank zero."""
+        return cls(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
+
+
+def checkpoints_directory(run_directory: Path) -> Path:
+    """`<run>/checkpoints`."""
+    return run_directory / "checkpoints"
+
+
+def path_of_step(run_directory: Path, step: int) -> Path:
+    """`<run>/checkpoints/step-000500`."""
+    return checkpoints_directory(run_directory) / f"step-{step:06d}"
+
+
+def save_checkpoint(
+    run_directory: Path,
+    engine: engines.Engine,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Mapping[str, Any],
+    *,
+    keep: int,
+) -> None:
+    """Gather on all ranks, write on rank zero, keep the newest `keep`. `facts` go into state.json; `step` names it."""
+    tensors = engines.gather_training_state(engine)
+    if torch.distributed.get_rank() != 0:
+        return
+    step = int(facts["step"])
+    state = {"adam_step": engines.adam_step(engine), "scaler": engines.scaler_state(engine), **facts}
+
+    def write_files(directory: Path) -> None:
+        save_file(tensors, directory / "optimizer.safetensors")
+        masters = {name.removesuffix(".master"): t for name, t in tensors.items() if name.endswith(".master")}
+        export = get_peft_model_state_dict(
+            model, state_dict=masters, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+        )
+        save_file(export, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        model.peft_config[ADAPTER_NAME].save_pretrained(str(directory))
+        tokenizer.save_pretrained(str(directory))
+        write_json(directory / "state.json", state)
+
+    publish(path_of_step(run_directory, step), write_files, {"format": FORMAT, "step": step})
+    for old in _by_step(checkpoints_directory(run_directory))[:-keep]:
+        unpublish(old)
+
+
+def publish(target: Path, write_files: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
+    """Write a directory that appears whole: hidden, synced, manifest last, renamed, parent synced."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{_TEMPORARY}{target.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write_files(temporary)
+        for path in temporary.iterdir():
+            _sync(path)
+        files = {path.name: _identity(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / "manifest.json", {**manifest, "files": files})
+        _sync(temporary)
+        if target.exists():
+            unpublish(target)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(target.parent)
+
+
+def unpublish(path: Path) -> None:
+    """Hide first, delete then: a half-deleted directory never has a name that somebody reads."""
+    hidden = path.with_name(f"{_DELETING}{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest, after every file's size and SHA-256 matched. Raises CheckpointError naming the file."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: manifest.json cannot be read ({type(error).__name__}).") from None
+    for name, identity in files.items():
+        try:
+            found = _identity(path / name)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror}).") from None
+        if found != identity:
+            kind = "size" if found["bytes"] != identity["bytes"] else "SHA-256"
+            raise CheckpointError(f"{path}: the {kind} of {name} is not the manifest's.")
+    return dict(manifest)
+
+
+def find_resumable(run_directory: Path, say: Callable[[str], None]) -> Resumable | None:
+    """The newest checkpoint that verifies; None when there is none yet. For rank zero, before any other rank reads.
+
+    What an interrupted save or deletion left is removed; a checkpoint that fails is set aside as `*.corrupt` and the
+    one before it is taken. Raises CheckpointError when there are checkpoints and none is good.
+    """
+    directory = checkpoints_directory(run_directory)
+    if not directory.exists():
+        return None
+    for path in directory.iterdir():
+        if path.name.startswith((_TEMPORARY, _DELETING)):
+            shutil.rmtree(path)
+    candidates = _by_step(directory)
+    for path in reversed(candidates):
+        try:
+            verify(path)
+            return Resumable.read(path)
+        except CheckpointError as error:
+            aside = path.with_name(f"{path.name}.corrupt")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            say(f"{error} It is set aside as {aside.name}; the one before it is tried.")
+    if candidates or list(directory.glob("*.corrupt")):
+        raise CheckpointError(
+            f"Every checkpoint in {directory} is bad; restore one from a backup, or give the run another run.name to "
+            "start from the beginning."
+        )
+    return None
+
+
+def export_adapter(checkpoint: Path, target: Path) -> None:
+    """Copy what PEFT and serving tools need of a checkpoint to `target`, which appears whole."""
+    files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
+
+    def write_files(directory: Path) -> None:
+        for name in files.keys() - {"optimizer.safetensors", "state.json"}:
+            shutil.copy2(checkpoint / name, directory / name)
+
+    publish(target, write_files, {})
+
+
+def restore(checkpoint: Resumable, engine: engines.Engine) -> None:
+    """Put weights, moments and loss scaler back; every rank reads the whole file and takes its part."""
+    tensors = load_file(checkpoint.path / "optimizer.safetensors")
+    engines.restore_training_state(engine, tensors, int(checkpoint.state["adam_step"]))
+    engines.restore_scaler(engine, checkpoint.state["scaler"])
+
+
+def identity_of_run(recipe: Recipe, prepared_data: list[Path]) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that saved: the recipe's results and the prepared data."""
+    blocks = recipe.model_dump(mode="json")
+    for block, keys in FREE_TO_CHANGE.items():
+        blocks[block] = {key: value for key, value in blocks[block].items() if key not in keys}
+    return {"recipe": blocks, "data_sha256": [_identity(path)["sha256"] for path in prepared_data]}
+
+
+def check_same_run(checkpoint: Resumable, identity: Mapping[str, Any]) -> None:
+    """Raises CheckpointError with the differences that would change the result."""
+    saved = checkpoint.state["identity"]
+    differences = [
+        f"{block}.{key} was {saved['recipe'].get(block, {}).get(key)!r} and is {value!r}"
+        for block, values in identity["recipe"].items()
+        for key, value in values.items()
+        if saved["recipe"].get(block, {}).get(key) != value
+    ]
+    if not differences and saved["data_sha256"] != identity["data_sha256"]:
+        differences = ["the prepared rows are not the same (the data file, the template or the tokenizer changed)"]
+    if differences:
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to another run: {'; '.join(differences)}; restore that, or choose a new run.name."
+        )
+
+
+def _by_step(directory: Path) -> list[Path]:
+    """Published checkpoints, oldest first: by step, never by time."""
+    named = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(named)]
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

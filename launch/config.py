@@ -1,0 +1,242 @@
+"""recipe.yaml and `block.key=value` overrides -> one frozen `Recipe`; every default of the project stands here."""
+
+import difflib
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from launch.errors import ConfigError
+
+DEFAULT_RECIPE = Path("configs/recipes/tiny.yaml")
+TINY_MODEL_NAME = "tiny-qwen2"  # not on any hub: built on the spot
+
+_RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists, a frozen recipe has tuples
+
+
+class Block(BaseModel):
+    """A block of the recipe: unknown keys are errors, values keep their type, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelBlock(Block):
+    """The base model: a hub id, a local directory, or `tiny-qwen2`, which is built on the spot."""
+
+    name_or_path: str = Field(min_length=1)
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+
+
+class DataBlock(Block):
+    """The rows and how they become samples."""
+
+    train: str = Field(min_length=1)
+    evaluation: str | None = None
+    test_size: float = Field(0.1, ge=0)  # below 1 a share of the rows, from 1 a number of rows
+    format: Literal["auto", "messages", "alpaca", "question_answer"] = "auto"
+    prompt_template: str | None = None  # templates/prompt/<name>.jinja: a row of any columns -> the user turn
+    answer_column: str = "output"  # of every format but messages
+    template: str = Field(min_length=1)  # templates/chat/<name>.jinja, or tokenizer: the model's own
+    system: str | None = None
+    max_length: int = Field(1024, ge=8)  # tokens
+    overlong: Literal["drop", "error"] = "drop"
+
+
+class AdapterBlock(Block):
+    """The LoRA adapter, in PEFT's names."""
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(8, ge=1)
+    lora_alpha: int = Field(16, ge=1)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: Names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules_to_save: Names = ()
+
+
+class TrainBlock(Block):
+    """The optimizer steps, in the names of transformers' TrainingArguments where it has one."""
+
+    global_batch_size: int = Field(32, ge=1)  # samples per optimizer step, over all ranks
+    max_tokens_per_micro_batch: int = Field(4096, ge=8)  # per rank; memory, not results, depends on it
+    packing: Literal["auto", "off"] = "auto"  # auto: packed rows unless the model is seen to leak between samples
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)  # overrides num_train_epochs
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)  # of all steps; used when warmup_steps is 0
+    max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = Field(0, ge=0)
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int | None = Field(None, ge=1)  # None: before the first and after the last step only
+    save_steps: int = Field(100, ge=1)
+    save_total_limit: int = Field(2, ge=2)
+
+
+class RunBlock(Block):
+    """Where the run lives and what it leaves."""
+
+    name: str = Field(pattern=_RUN_NAME.pattern, max_length=100)  # one path component
+    output_dir: str = "runs"
+    report_to: Names = ()
+    merge: bool = True
+    merge_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # auto: the trained type, 16-bit for fp32
+    max_shard_size_bytes: int = Field(4_000_000_000, ge=1)
+    process_group_timeout_seconds: int = Field(1800, ge=10)
+
+
+class Recipe(Block):
+    """Everything a run depends on besides the accelerate YAML (processes) and the DeepSpeed JSON (sharding)."""
+
+    model: ModelBlock
+    data: DataBlock
+    adapter: AdapterBlock = AdapterBlock()
+    train: TrainBlock = TrainBlock()
+    run: RunBlock
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Recipe":
+        if self.data.max_length > self.train.max_tokens_per_micro_batch:
+            raise ValueError(
+                f"data.max_length = {self.data.max_length} is more than train.max_tokens_per_micro_batch = "
+                f"{self.train.max_tokens_per_micro_batch}, so the longest sample would fit no micro-batch; "
+                "raise the second or lower the first"
+            )
+        if self.train.warmup_steps and self.train.warmup_ratio:
+            raise ValueError("train.warmup_steps and train.warmup_ratio are both set; keep one")
+        if not self.adapter.target_modules:
+            raise ValueError("adapter.target_modules is empty; name the modules that get an adapter, such as q_proj")
+        return self
+
+    @property
+    def run_directory(self) -> Path:
+        """`<output_dir>/<name>`."""
+        return Path(self.run.output_dir) / self.run.name
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML with `2e-4` as a number (YAML 1.2 and JSON agree, YAML 1.1 reads a string) and no key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `block.key=value` overrides.
+
+    `run.name` defaults to the file's stem. Raises ConfigError with one sentence for the first thing that is wrong.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Yaml)
+    except FileNotFoundError:
+        shipped = ", ".join(str(p) for p in sorted(DEFAULT_RECIPE.parent.glob("*.yaml")))
+        raise ConfigError(f"There is no recipe {path}; the recipes shipped are {shipped}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The recipe {path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict) or not all(isinstance(block, dict) for block in tree.values()):
+        raise ConfigError(f"The recipe {path} must hold blocks of keys; the blocks are {_choices(Recipe)}.")
+    for override in overrides:
+        _apply(tree, override)
+    tree.setdefault("run", {}).setdefault("name", path.stem)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_sentence(path, error)) from None
+
+
+def parse_command_line(arguments: Sequence[str]) -> Recipe:
+    """`[RECIPE.yaml] [block.key=value ...]` -> Recipe; without a recipe, the embedded default."""
+    paths = [a for a in arguments if "=" not in a]
+    overrides = [a for a in arguments if "=" in a]
+    if len(paths) > 1:
+        raise ConfigError(f"One recipe at a time, but {' and '.join(paths)} were given; overrides are block.key=value.")
+    return load_recipe(Path(paths[0]) if paths else DEFAULT_RECIPE, overrides)
+
+
+def intended_run_directory(arguments: Sequence[str]) -> Path:
+    """Where the run would live, for telling that a recipe was refused: good for recipes that do not load, too."""
+    paths = [Path(a) for a in arguments if "=" not in a]
+    path = paths[0] if paths else DEFAULT_RECIPE
+    block: dict[str, Any] = {}
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Yaml)
+        block = dict(tree["run"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        block = {}  # the recipe is what is being refused
+    for key, _, value in (argument.partition("=") for argument in arguments):
+        if key in ("run.name", "run.output_dir"):
+            block[key.removeprefix("run.")] = value
+    name = str(block.get("name", path.stem))
+    return Path(str(block.get("output_dir", "runs"))) / (name if _RUN_NAME.fullmatch(name) else path.stem)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal Recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, _, text = override.partition("=")
+    block, dot, key = name.partition(".")
+    if not dot or not key:
+        raise ConfigError(f"The override {override!r} is not of the form block.key=value, such as train.max_steps=10.")
+    try:
+        value = yaml.load(text, Loader=_Yaml)
+    except yaml.YAMLError:
+        value = text
+    tree.setdefault(block, {})[key] = value
+
+
+def _sentence(path: Path, error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        owner = _owner(first["loc"][:-1])
+        known = [".".join([*map(str, first["loc"][:-1]), name]) for name in owner.model_fields]
+        near = difflib.get_close_matches(where, known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{path}: {where} is not a recipe key; {hint}The valid ones here are {_choices(owner)}."
+    if first["type"] == "missing":
+        return f"{path}: {where} is required and not given."
+    if first["type"] == "value_error":
+        return f"{path}: {first['ctx']['error']}."
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return f"{path}: {where} = {first['input']!r} is not valid: {reason}."
+
+
+def _owner(location: Sequence[int | str]) -> type[BaseModel]:
+    owner: type[BaseModel] = Recipe
+    for part in location:
+        annotation = owner.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        owner = annotation
+    return owner
+
+
+def _choices(owner: type[BaseModel]) -> str:
+    return ", ".join(owner.model_fields)

@@ -1,0 +1,296 @@
+"""All that knows DeepSpeed's inside: set-up, the accumulation boundary, whole states in and out, the loss scaler.
+
+Facts about DeepSpeed 0.19 that the functions rest on are told where they are used; the exact pins are in
+requirements.txt, and tests/test_engine.py fails when one of them no longer holds.
+"""
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+# DeepSpeed warns at import that there is no GPU, on every rank; its errors still come through.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import transformers  # noqa: E402
+from accelerate import Accelerator, InitProcessGroupKwargs  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch.distributed.distributed_c10d import _get_default_store  # noqa: E402
+from transformers import get_scheduler  # noqa: E402
+
+from launch.config import Recipe, TrainBlock  # noqa: E402
+from launch.errors import CheckpointError, PreflightError  # noqa: E402
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's AdamW
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+Engine = Any  # deepspeed.DeepSpeedEngine, which is untyped
+
+
+def quiet_libraries() -> None:
+    """Progress bars, notices and deprecations of the libraries are not news to the user; their errors still are."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def choose_precision(wanted: str) -> tuple[str, str]:
+    """(fp16 | bf16 | fp32, why). `auto` takes what the hardware is good at."""
+    if wanted != "auto":
+        return wanted, "the recipe says so"
+    if not torch.cuda.is_available():
+        return "fp32", "there is no GPU"
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if capability >= (8, 0):
+        return "bf16", f"{name} has bf16 units"
+    return "fp16", f"{name} has no bf16 units"
+
+
+def check_process_count(num_local_processes: int, num_gpus: int) -> None:
+    """Raises PreflightError when processes would have to share a GPU. No GPU at all means CPU."""
+    if 0 < num_gpus < num_local_processes:
+        raise PreflightError(
+            f"{num_local_processes} processes were launched but this machine has {num_gpus} GPU(s); "
+            f"add --num_processes {num_gpus} to accelerate launch."
+        )
+
+
+def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
+    """Join the process group (NCCL, or gloo without GPUs) and settle what the DeepSpeed JSON leaves to the recipe.
+
+    Raises PreflightError when the process was not started by accelerate with a DeepSpeed configuration.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        raise PreflightError(
+            "train.py runs on DeepSpeed: start it with "
+            "accelerate launch --config_file configs/accelerate/zero3.yaml train.py."
+        )
+    use_gpu = torch.cuda.is_available()
+    if not use_gpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles C++ at process-group start
+    process_group = InitProcessGroupKwargs(
+        backend="nccl" if use_gpu else "gloo", timeout=timedelta(seconds=recipe.run.process_group_timeout_seconds)
+    )
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        kwargs_handlers=[process_group],
+        log_with=list(recipe.run.report_to) or None,
+        project_dir=str(recipe.run_directory / "logs"),
+    )
+    # No dataloader is prepared, so accelerate cannot fill these; "auto" clipping would silently become 1.0.
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = 1
+    settings["train_batch_size"] = accelerator.num_processes
+    settings["gradient_clipping"] = recipe.train.max_grad_norm
+    return accelerator
+
+
+def after_rank_zero(accelerator: Accelerator, work: Callable[[], str]) -> str:
+    """What `work` returned on rank zero; the others wait for it on the store, not in a collective that could time out."""
+    store = _get_default_store()
+    if accelerator.is_main_process:
+        store.set("cairn/rank-zero", work())
+    store.wait(["cairn/rank-zero"], timedelta(days=1))
+    return str(store.get("cairn/rank-zero").decode())
+
+
+def learning_rate_schedule(train: TrainBlock, total_steps: int) -> Callable[[int], float]:
+    """Step (from 0) -> learning rate: transformers' own schedules, as a pure function of the step."""
+    warmup_steps = train.warmup_steps or math.ceil(train.warmup_ratio * total_steps)
+    unused = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=train.learning_rate)
+    scheduler = get_scheduler(train.lr_scheduler_type, unused, warmup_steps, total_steps)
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: float(train.learning_rate * factor(step))
+
+
+def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainBlock) -> Engine:
+    """Wrap the model and a torch AdamW over its trainable parameters; the optimizer's state exists from the start.
+
+    torch's AdamW instead of DeepSpeed's: that one is compiled on first use, and keeps a running product of beta that
+    makes a resumed run drift. Raises PreflightError when fp16 would run without a dynamic loss scaler.
+    """
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
+    engine = accelerator.prepare(model, optimizer)[0]
+    for group in _flat_groups(engine):
+        state = engine.optimizer.optimizer.state[group]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=group.device)
+        for moment in MOMENTS:
+            state[moment] = torch.zeros_like(group)
+    if engine.zero_optimization_stage() < 3:
+        engine.optimizer._hp_optimizer_states_linked = False  # linked to the state before it existed
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    if engine.fp16_enabled() and not isinstance(engine.optimizer.loss_scaler, DynamicLossScaler):
+        raise PreflightError(
+            "fp16 would train without a dynamic loss scaler; set fp16.loss_scale to 0 in the DeepSpeed JSON."
+        )
+    return engine
+
+
+def backward(engine: Engine, loss: torch.Tensor, *, is_last: bool) -> None:
+    """Add this micro-batch's gradient; `is_last` marks the one before `step`.
+
+    `loss` is this rank's share of the step's loss. DeepSpeed averages over the ranks, hence the factor.
+    """
+    engine.set_gradient_accumulation_boundary(is_last)
+    engine.backward(loss * dist.get_world_size())
+
+
+def step(engine: Engine, learning_rate: float) -> tuple[float, bool]:
+    """Clip and update at the given learning rate. Returns (gradient norm before clipping, skipped on overflow)."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    engine.step()
+    skipped = bool(engine.optimizer.overflow)
+    norm = engine.get_global_grad_norm()
+    return float("nan") if skipped or norm is None else float(norm), skipped
+
+
+def trainable_parameters(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of what is trained, in the model's order, the same on every rank."""
+    return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
+
+
+def gather_training_state(engine: Engine) -> dict[str, torch.Tensor]:
+    """fp32 masters and moments, whole, as `<name>.master | .exp_avg | .exp_avg_sq`, on the CPU of rank zero.
+
+    A collective, one tensor at a time; the other ranks get an empty dict.
+    """
+    state = {}
+    for name, parameter in trainable_parameters(engine):
+        whole = {"master": safe_get_full_fp32_param(parameter)}
+        whole |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+        if dist.get_rank() == 0:
+            for key, tensor in whole.items():
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                state[f"{name}.{key}"] = tensor.detach().to("cpu", copy=True).reshape(shape).contiguous()
+    return state
+
+
+def restore_training_state(engine: Engine, state: dict[str, torch.Tensor], adam_step: int) -> None:
+    """The inverse of `gather_training_state` on any number of ranks and any ZeRO stage; every rank passes the whole.
+
+    Raises CheckpointError when names or shapes differ from the model's.
+    """
+    expected = {
+        f"{name}.{key}": tuple(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in trainable_parameters(engine)
+        for key in ("master", *MOMENTS)
+    }
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"The checkpoint does not fit the model: {name} has shape {found.get(name, 'none')} in the checkpoint "
+                f"and {expected.get(name, 'none')} in the model."
+            )
+    is_zero3 = engine.zero_optimization_stage() == 3
+    for name, parameter in trainable_parameters(engine):
+        if is_zero3:
+            # safe_set_full_* wants sizes that divide by the ranks, so each rank pads and slices its own part.
+            part_size = parameter.ds_tensor.numel()
+            for key in ("master", *MOMENTS):
+                flat = state[f"{name}.{key}"].flatten()
+                padded = torch.nn.functional.pad(flat, (0, part_size * dist.get_world_size() - flat.numel()))
+                part = padded[part_size * dist.get_rank() :][:part_size]
+                if key == "master":
+                    safe_set_local_fp32_param(parameter, part)
+                else:
+                    safe_set_local_optimizer_state(parameter, part, key)
+        else:
+            safe_set_full_fp32_param(parameter, state[f"{name}.master"])
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[f"{name}.{moment}"], moment)
+            parameter.data.copy_(state[f"{name}.master"])
+    if is_zero3:
+        for index in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
+            engine.optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        persistent = engine.optimizer.persistent_parameters  # small ones, which stay whole on every rank
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+    for group in _flat_groups(engine):
+        engine.optimizer.optimizer.state[group]["step"].fill_(adam_step)
+
+
+def adam_step(engine: Engine) -> int:
+    """Updates that Adam has made; skipped steps are not among them."""
+    return int(engine.optimizer.optimizer.state[_flat_groups(engine)[0]]["step"])
+
+
+def loss_scale(engine: Engine) -> float | None:
+    """The current loss scale; None without fp16."""
+    return float(engine.optimizer.loss_scaler.cur_scale) if engine.fp16_enabled() else None
+
+
+def scaler_state(engine: Engine) -> dict[str, float | int]:
+    """Every changing field of the dynamic loss scaler; empty when there is none."""
+    scaler = engine.optimizer.loss_scaler
+    return {field: getattr(scaler, field) for field in _SCALER_FIELDS} if engine.fp16_enabled() else {}
+
+
+def restore_scaler(engine: Engine, state: dict[str, float | int]) -> None:
+    """The inverse of `scaler_state`."""
+    for field, value in state.items():
+        if field not in _SCALER_FIELDS:
+            raise CheckpointError(f"The checkpoint's loss scaler has a field {field!r} that is not known.")
+        setattr(engine.optimizer.loss_scaler, field, value)
+
+
+@contextmanager
+def whole_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
+    """The parameter's whole value while inside (a collective under ZeRO-3)."""
+    if hasattr(parameter, "ds_id"):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter.detach()
+    else:
+        yield parameter.detach()
+
+
+def whole_master(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The fp32 master of a trainable parameter, whole, on every rank (a collective)."""
+    return safe_get_full_fp32_param(parameter).detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def num_elements(parameter: torch.nn.Parameter) -> int:
+    """Elements of the whole parameter, partitioned or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def bytes_on_this_rank(engine: Engine) -> dict[str, int]:
+    """Bytes that this rank keeps between steps: its share of the weights, and of the optimizer's masters and moments."""
+    weights = 0
+    for parameter in engine.module.parameters():
+        kept = getattr(parameter, "ds_tensor", parameter)
+        weights += kept.numel() * kept.element_size()
+    optimizer = sum(group.numel() * group.element_size() * (1 + len(MOMENTS)) for group in _flat_groups(engine))
+    return {"weights": weights, "optimizer": optimizer}
+
+
+def _flat_groups(engine: Engine) -> list[torch.Tensor]:
+    """The fp32 master partitions that the torch optimizer updates."""
+    if engine.zero_optimization_stage() == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return list(engine.optimizer.single_partition_of_fp32_groups)

@@ -1,0 +1,33 @@
+"""What can be refused: every error a user can mend is a `LaunchError` whose message is one sentence."""
+
+
+class LaunchError(Exception):
+    """One sentence: what is wrong, where, the value, the remedy, the valid choices."""
+
+
+class ConfigError(LaunchError):
+    """The recipe or its overrides."""
+
+
+class PreflightError(LaunchError):
+    """The machine, the launch command or the run directory."""
+
+
+class DataError(LaunchError):
+    """The rows."""
+
+
+class TemplateError(LaunchError):
+    """A chat template, or a row that does not fit it."""
+
+
+class ModelError(LaunchError):
+    """The base model or its tokenizer."""
+
+
+class CheckpointError(LaunchError):
+    """A checkpoint that cannot be written, trusted or resumed."""
+
+
+class MergeError(LaunchError):
+    """A merge that would give wrong weights."""

@@ -1,0 +1,137 @@
+"""Samples -> tensors -> the loss of a micro-batch, packed or padded, with logits at the predicting positions only."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from launch.data import Samples
+from metrics.tokens import loss_and_sums
+
+# Largest difference, relative to the largest logit, between a sample packed behind another and the same sample
+# alone. Rounding stays below; a leak changes logits by tenths.
+LEAK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch as tensors. Packed: one row, positions restarting at each sample. Padded: one row a sample."""
+
+    input_ids: torch.Tensor  # [batch, seq]; batch is 1 when packed
+    position_ids: torch.Tensor | None  # [1, seq], packed only
+    attention_mask: torch.Tensor | None  # [batch, seq], padded only
+    row_index: torch.Tensor  # [positions] which row predicts
+    column_index: torch.Tensor  # [positions] at which column
+    targets: torch.Tensor  # [positions] the token that is predicted there
+
+
+def collate(samples: Samples, ids: Sequence[int], device: torch.device, *, packed: bool) -> Batch:
+    """Lay the samples into tensors; an empty micro-batch is one token that predicts nothing."""
+    rows = [samples.sample(index) for index in ids]
+    if not rows:
+        rows = [(np.zeros(1, np.int64), np.zeros(1, np.bool_))]
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    if packed:
+        token_ids = np.concatenate([token_ids for token_ids, _ in rows])  # [seq]
+        positions = np.concatenate([np.arange(len(token_ids)) for token_ids, _ in rows])
+        trained = np.flatnonzero(np.concatenate([is_trained for _, is_trained in rows]))
+        return Batch(
+            input_ids=tensor(token_ids)[None],
+            position_ids=tensor(positions)[None],
+            attention_mask=None,
+            row_index=tensor(np.zeros_like(trained)),
+            column_index=tensor(trained - 1),
+            targets=tensor(token_ids[trained]),
+        )
+    longest = max(len(token_ids) for token_ids, _ in rows)
+    table = np.zeros((len(rows), longest), np.int64)  # the padding token does not matter: it is masked
+    mask = np.zeros((len(rows), longest), np.int64)
+    is_target = np.zeros((len(rows), longest), np.bool_)
+    for row, (token_ids, is_trained) in enumerate(rows):
+        table[row, : len(token_ids)] = token_ids
+        mask[row, : len(token_ids)] = 1
+        is_target[row, : len(token_ids)] = is_trained
+    row_index, trained = np.nonzero(is_target)
+    return Batch(
+        input_ids=tensor(table),
+        position_ids=None,
+        attention_mask=tensor(mask),
+        row_index=tensor(row_index),
+        column_index=tensor(trained - 1),
+        targets=tensor(table[row_index, trained]),
+    )
+
+
+def batch_loss(model: torch.nn.Module, batch: Batch, *, select: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed loss, its `loss_and_sums`) of a micro-batch; `select`: the model computes logits at chosen columns only."""
+    logits = _logits(model, batch, select=select)
+    return loss_and_sums(logits, batch.targets)
+
+
+def selects_logits(model: torch.nn.Module) -> bool:
+    """Whether the base model's forward computes logits at chosen columns only."""
+    return _accepts(model, "logits_to_keep")
+
+
+def choose_packing(
+    wanted: str, engine: torch.nn.Module, base: torch.nn.Module, samples: Samples, device: torch.device
+) -> tuple[bool, str]:
+    """(packed, why): the real model is probed for leaks between packed samples. Call on all ranks."""
+    if wanted == "off":
+        return False, "padded: the recipe says so"
+    if not _accepts(base, "position_ids", "logits_to_keep"):
+        return False, f"padded: {type(base).__name__} takes no position_ids or logits_to_keep"
+    engine.eval()
+    leak = torch.tensor(leak_between_samples(engine, samples, device), device=device)
+    engine.train()
+    torch.distributed.all_reduce(leak, torch.distributed.ReduceOp.MAX)
+    tolerance = LEAK_TOLERANCE[next(base.parameters()).dtype]
+    if leak > tolerance:
+        return False, f"padded: packed samples of {type(base).__name__} see each other (logits change by {leak:.1%})"
+    return True, f"packed: packed samples do not see each other (logits change by {leak:.1g}, allowed {tolerance:g})"
+
+
+@torch.no_grad()
+def leak_between_samples(model: torch.nn.Module, samples: Samples, device: torch.device, longest: int = 64) -> float:
+    """Relative change of a sample's logits when another is packed before it; call on all ranks, in eval mode.
+
+    A signature is no evidence: some architectures take `position_ids` and let packed samples see each other. The
+    packed pass also selects its logits, the other does not, so that both ways are compared.
+    """
+    first, second = (samples.sample(index % len(samples))[0][:longest] for index in (0, 1))
+    packed = torch.from_numpy(np.concatenate([first, second])).to(device)[None]  # [1, seq]
+    positions = torch.from_numpy(np.concatenate([np.arange(len(first)), np.arange(len(second))])).to(device)
+    columns = torch.arange(len(first), len(first) + len(second), device=device)
+    together = model(
+        input_ids=packed, position_ids=positions[None], logits_to_keep=columns, use_cache=False
+    ).logits[0]  # [second, vocab]
+    alone = model(input_ids=torch.from_numpy(second).to(device)[None], use_cache=False).logits[0]
+    return float((together.float() - alone.float()).abs().max() / alone.float().abs().max().clamp_min(1e-12))
+
+
+def _accepts(model: torch.nn.Module, *names: str) -> bool:
+    return set(names) <= inspect.signature(model.forward).parameters.keys()
+
+
+def _logits(model: torch.nn.Module, batch: Batch, *, select: bool) -> torch.Tensor:
+    """[positions, vocab]; a micro-batch without targets gives the one row that its backward pass starts from."""
+    rows, columns = batch.row_index, batch.column_index
+    if batch.targets.numel() == 0:
+        rows = columns = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
+    arguments = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    if batch.position_ids is not None:
+        logits: torch.Tensor = model(
+            input_ids=batch.input_ids, logits_to_keep=columns, use_cache=False, **arguments
+        ).logits  # [1, positions, vocab]
+        return logits[0]
+    if select:
+        kept, column_of = torch.unique(columns, return_inverse=True)
+        arguments["logits_to_keep"], columns = kept, column_of
+    logits = model(input_ids=batch.input_ids, use_cache=False, **arguments).logits  # [batch, columns, vocab]
+    return logits[rows, columns]

@@ -1,0 +1,56 @@
+"""What can be refused before torch is imported and a weight is read."""
+
+import importlib.util
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from launch.config import TINY_MODEL_NAME, ModelBlock, Recipe
+from launch.errors import ConfigError, ModelError
+
+# The trackers of accelerate 1.15 and the package that each one needs.
+TRACKERS = {
+    "aim": "aim",
+    "clearml": "clearml",
+    "comet_ml": "comet_ml",
+    "dvclive": "dvclive",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+
+
+def check(recipe: Recipe) -> None:
+    """Raises a LaunchError for the first thing that would stop the run later."""
+    check_model(recipe.model)
+    for tracker in recipe.run.report_to:
+        if tracker not in TRACKERS:
+            raise ConfigError(f"run.report_to: {tracker!r} is not a tracker; the valid ones are {', '.join(TRACKERS)}.")
+        if importlib.util.find_spec(TRACKERS[tracker]) is None:
+            raise ConfigError(f"run.report_to: {tracker} is not installed; run pip install {TRACKERS[tracker]}.")
+
+
+def check_model(model: ModelBlock) -> None:
+    """The base model exists: a directory with a config.json, or a hub id whose config.json can be had."""
+    name = model.name_or_path
+    if name == TINY_MODEL_NAME:
+        return
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.name_or_path = {name} is a directory without a config.json.")
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"model.name_or_path = {name} does not exist; give a directory, a hub id (owner/name), or {TINY_MODEL_NAME}."
+        )
+    try:
+        hf_hub_download(name, "config.json", revision=model.revision)
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ModelError(
+            f"model.name_or_path = {name} is no directory here and cannot be had from the hub: {reason}."
+        ) from None

@@ -1,0 +1,90 @@
+"""The run directory: who owns it, what state it is in, and its metrics. Every file appears whole or not at all."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from launch.errors import PreflightError
+
+State = Literal["starting", "running", "preempted", "finished", "failed", "refused"]
+
+
+def open_run(directory: Path) -> IO[str]:
+    """Make the directory and lock it for the life of the returned file; the kernel lets go when the process dies.
+
+    Raises PreflightError when the directory cannot be written, or another process holds it.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise PreflightError(f"The run directory {directory} cannot be written: {error.strerror}.") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise PreflightError(
+            f"Another process is running in {directory}; wait for it, or give this run another run.name."
+        ) from None
+    return lock
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write through a temporary file and a rename, on disk before the rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_status(directory: Path, state: State, reason: str, **facts: Any) -> None:
+    """status.json, which launchers and people read: exit codes are flattened on the way through `accelerate launch`."""
+    write_json(directory / "status.json", {"state": state, "reason": reason, "unix_seconds": time.time(), **facts})
+
+
+def write_refusal(directory: Path, reason: str) -> None:
+    """A refused start leaves its sentence, too, unless the directory itself is what cannot be written or is in use."""
+    try:
+        with open_run(directory):
+            write_status(directory, "refused", reason)
+    except PreflightError:
+        return
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """status.json, or an empty dict before the first run."""
+    try:
+        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return dict(status)
+
+
+def append_metrics(directory: Path, record: Mapping[str, Any]) -> None:
+    """One line of metrics.jsonl."""
+    with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a kill cut off is left out."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def rewind_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
+    """Forget what was measured after `step`, which a resumed run does again; returns what is left."""
+    kept = [record for record in read_metrics(directory) if record["step"] <= step]
+    write_text(directory / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+    return kept

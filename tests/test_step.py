@@ -1,0 +1,78 @@
+"""The optimizer step is exact: whatever the ranks, the micro-batches, the ZeRO stage and the packing."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import World, build_base, deepspeed_json, launch, make_rows
+
+STEPS = 20
+
+
+def curve(world: World, name: str) -> list[tuple[float, float]]:
+    return [(record["loss"], record["gradient_norm"]) for record in world.metrics(name, "train")]
+
+
+def evaluation_counts(world: World, name: str) -> list[tuple[int, int, int]]:
+    return [(r["step"], r["num_correct"], r["num_tokens"]) for r in world.metrics(name, "evaluation")]
+
+
+@pytest.fixture(scope="module")
+def reference(world: World) -> str:
+    """One rank, ZeRO-3 with offload, packed, everything in few micro-batches."""
+    recipe = world.recipe("reference", train={"max_steps": STEPS, "max_tokens_per_micro_batch": 1024, "eval_steps": 5})
+    launch(recipe, 1)
+    return "reference"
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "max_tokens", "stage", "packing"),
+    [
+        (1, 128, 3, "auto"),
+        (2, 128, 3, "auto"),
+        (2, 1024, 3, "auto"),
+        (4, 256, 3, "auto"),
+        (1, 256, 3, "off"),
+        (2, 256, 3, "off"),
+        (2, 128, 2, "auto"),
+        (2, 128, 1, "auto"),
+    ],
+)
+def test_any_layout_gives_the_same_curve(
+    world: World, reference: str, num_ranks: int, max_tokens: int, stage: int, packing: str
+) -> None:
+    name = f"ranks{num_ranks}-tokens{max_tokens}-zero{stage}-{packing}"
+    train = {"max_steps": STEPS, "max_tokens_per_micro_batch": max_tokens, "packing": packing, "eval_steps": 5}
+    launch(world.recipe(name, train=train), num_ranks, deepspeed=deepspeed_json(world.directory, stage))
+    expected, found = curve(world, reference), curve(world, name)
+    assert len(expected) == STEPS
+    assert expected[0][0] > 1.05 * expected[-1][0], "the reference must learn for its equality to mean something"
+    for step, (one, other) in enumerate(zip(expected, found, strict=True)):
+        assert other == pytest.approx(one, rel=1e-5), f"step {step}: {other} is not {one}"
+    assert evaluation_counts(world, name) == evaluation_counts(world, reference)
+    padding = [record["padding_share"] for record in world.metrics(name, "train")]
+    assert (max(padding) > 0.05) == (packing == "off")
+
+
+def test_a_leaking_model_is_seen_and_padded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """OPT takes position_ids and logits_to_keep and still lets packed samples see each other."""
+    rows = make_rows(50)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    base = build_base(tmp_path / "base", [row["input"] + row["output"] for row in rows], family="opt")
+    opt = World(tmp_path, base, tmp_path / "rows.jsonl")
+    launch(opt.recipe("auto"), 2)
+    assert "see each other" in capfd.readouterr().out
+    launch(opt.recipe("off", train={"packing": "off"}), 1)
+    for one, other in zip(curve(opt, "off"), curve(opt, "auto"), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_the_last_step_is_divided_by_its_own_tokens(world: World) -> None:
+    """40 samples, 1.5 epochs, 8 a step: 60 samples in 7 full steps and one of 4, on 3 ranks."""
+    for name, num_ranks in (("epochs-1", 1), ("epochs-3", 3)):
+        launch(world.recipe(name, train={"max_steps": None, "num_train_epochs": 1.5}), num_ranks)
+    assert len(curve(world, "epochs-1")) == 8
+    trained = [record["trained_tokens"] for record in world.metrics("epochs-1", "train")]
+    assert trained[-1] < min(trained[:-1])
+    for one, other in zip(curve(world, "epochs-1"), curve(world, "epochs-3"), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)

@@ -1,0 +1,337 @@
+"""One fine-tuning run from top to bottom: recipe -> rows -> samples -> optimizer steps -> checkpoints -> merged weights.
+
+    accelerate launch --config_file configs/accelerate/zero3.yaml train.py [RECIPE.yaml] [block.key=value ...]
+
+The same command again continues where the run stopped.
+"""
+
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from launch import batching, preemption, preflight, runs
+from launch import checkpoint as checkpoints
+from launch import engine as engines
+from launch import merge as merging
+from launch.adapter import add_adapter
+from launch.checkpoint import Resumable
+from launch.config import Recipe, dump_recipe, intended_run_directory, parse_command_line
+from launch.data import Samples, prepare
+from launch.errors import LaunchError
+from launch.model import DTYPES, choose_template, load_base, load_tokenizer, resolve_base, serving_generation_config
+from launch.packing import batch_loss, choose_packing, collate, selects_logits
+from launch.report import RunLog, format_bytes, format_table
+from metrics.tokens import TokenCounts, counts_from_sums
+
+FLAGSHIP = "configs/recipes/qwen1.5-14b-lora.yaml"
+LAUNCH_COMMAND = "accelerate launch --config_file configs/accelerate/zero3.yaml train.py"
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "safetensors", "tokenizers")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a recipe; a refusal is one sentence from rank zero, and status.json always says what happened."""
+    preemption.end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save: end quietly
+    is_rank_zero = os.environ.get("RANK", "0") == "0"
+    directory = intended_run_directory(arguments)
+    try:
+        recipe = parse_command_line(arguments)
+        if is_finished(recipe):
+            if is_rank_zero:
+                print(f"{directory} is finished.\n{closing_lines(recipe)}", flush=True)
+            return 0
+        with runs.open_run(directory) if is_rank_zero else nullcontext():
+            if is_rank_zero:
+                runs.write_status(directory, "starting", "the job has started", pid=os.getpid())
+                preflight.check(recipe)
+            train(recipe)
+        return 0
+    except LaunchError as error:
+        if not is_rank_zero:
+            time.sleep(30)  # rank zero speaks; the launcher ends this rank when it has
+            return 1
+        print(f"Refused: {error}", file=sys.stderr, flush=True)
+        runs.write_refusal(directory, str(error))
+        return 1
+    except Exception as error:
+        if is_rank_zero:
+            runs.write_status(directory, "failed", f"{type(error).__name__}: {error}")
+        raise
+
+
+def train(recipe: Recipe) -> None:
+    """The line of a run, from the machine to the merged weights."""
+    # ---- the machine -------------------------------------------------------------------------------------------------
+    engines.quiet_libraries()
+    precision, precision_reason = engines.choose_precision(recipe.train.precision)
+    engines.check_process_count(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+    accelerator = engines.create_accelerator(recipe, precision)
+
+    # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
+    found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_run(recipe))))
+    tokenizer = load_tokenizer(found["base"], recipe.model)
+    tokenizer.chat_template = choose_template(recipe.data.template, tokenizer).for_serving
+    samples, held_out = (Samples.load(Path(path)) for path in found["samples"])
+    checkpoint = Resumable.read(Path(found["checkpoint"])) if found["checkpoint"] else None
+
+    # ---- base model + adapter -> engine ------------------------------------------------------------------------------
+    base = load_base(found["base"], recipe.model, precision)
+    model = add_adapter(base, recipe.adapter, seed=recipe.train.seed, dtype=DTYPES[precision])
+    if recipe.run.merge:
+        merging.list_parts(model)  # refuses now what it could not merge at the end
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = engines.start_engine(accelerator, model, recipe.train)
+    if checkpoint is not None:
+        checkpoints.restore(checkpoint, engine)
+
+    # ---- optimizer steps ---------------------------------------------------------------------------------------------
+    packed, packing = choose_packing(recipe.train.packing, engine, base, samples, accelerator.device)
+    select = selects_logits(base)
+    job = Job(recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, select, found["identity"])
+    if accelerator.is_main_process:
+        print(start_up_banner(job, f"{precision}: {precision_reason}", packing, checkpoint), flush=True)
+        runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
+    accelerator.init_trackers(recipe.run.name)
+    if not optimizer_steps(job, checkpoint):
+        return
+
+    # ---- adapter -> merged weights -----------------------------------------------------------------------------------
+    last = checkpoints.path_of_step(recipe.run_directory, job.total_steps)
+    merged = recipe.run_directory / "merged"
+    if accelerator.is_main_process:
+        checkpoints.export_adapter(last, recipe.run_directory / "adapter")
+    if recipe.run.merge and not merged.exists():
+        merging.merge(
+            engine,
+            model,
+            tokenizer,
+            serving_generation_config(base, samples.end_token_ids(tokenizer.all_special_ids)),
+            merged,
+            dtype_name=merging.choose_dtype(recipe.run.merge_dtype, precision),
+            max_shard_size_bytes=recipe.run.max_shard_size_bytes,
+            facts={"step": job.total_steps, "base": found["base"]},
+        )
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        runs.write_status(recipe.run_directory, "finished", "every step is done", step=job.total_steps)
+        print(closing_lines(recipe), flush=True)
+
+
+def optimizer_steps(job: "Job", checkpoint: Resumable | None) -> bool:
+    """Every step that is left. False when the run was asked to stop; all is saved either way."""
+    recipe, settings, engine = job.recipe, job.recipe.train, job.engine
+    learning_rate_at = engines.learning_rate_schedule(settings, job.total_steps)
+    num_trained = job.samples.num_trained
+    first_step = checkpoint.step if checkpoint else 0
+    skipped_steps = int(checkpoint.state["skipped_steps"]) if checkpoint else 0
+    log = RunLog(
+        recipe.run_directory,
+        job.accelerator,
+        total_steps=job.total_steps,
+        first_step=first_step,
+        logging_steps=settings.logging_steps,
+    )
+    preemption.remember_signals()
+    if first_step == 0:
+        log.evaluation(0, *evaluate(job))
+    for step in range(first_step, job.total_steps):
+        # ==== one optimizer step ======================================================================================
+        ids = batching.step_samples(
+            step, len(job.samples), settings.global_batch_size, job.total_samples, settings.seed
+        )
+        tokens_in_step = int(num_trained[ids].sum())  # over all ranks, which is known without asking them
+        torch.manual_seed(batching.step_seed(settings.seed, step, dist.get_rank()))
+        sums = torch.zeros(5, dtype=torch.float64, device=job.accelerator.device)
+        micro_batches = job.micro_batches(job.samples, ids)
+        for index, micro_batch in enumerate(micro_batches):
+            loss_sum, micro_sums, num_cells = job.loss(job.samples, micro_batch)
+            engines.backward(engine, loss_sum / tokens_in_step, is_last=index == len(micro_batches) - 1)
+            sums[:3] += micro_sums
+            sums[3] += num_cells
+        learning_rate = learning_rate_at(step)
+        gradient_norm, skipped = engines.step(engine, learning_rate)
+        sums[4] = preemption.stop_requested()
+        dist.all_reduce(sums)  # [loss sum, correct, tokens, cells, ranks that were asked to stop]
+        # ==============================================================================================================
+        done = step + 1
+        is_last, stop = done == job.total_steps, bool(sums[4] > 0)
+        skipped_steps += skipped
+        log.step(
+            done,
+            sums[:4].tolist(),
+            int(job.samples.lengths[ids].sum()),
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            skipped_steps=skipped_steps,
+            loss_scale=engines.loss_scale(engine),
+        )
+        if is_last or (not stop and settings.eval_steps and done % settings.eval_steps == 0):
+            log.evaluation(done, *evaluate(job))
+        if is_last or stop or done % settings.save_steps == 0:
+            facts = {"step": done, "skipped_steps": skipped_steps, "identity": job.identity, "versions": versions()}
+            checkpoints.save_checkpoint(
+                recipe.run_directory, engine, job.model, job.tokenizer, facts, keep=settings.save_total_limit
+            )
+        if stop and not is_last:
+            log.close()
+            if job.accelerator.is_main_process:
+                reason = f"{preemption.signal_name()} after step {done}; nothing is lost"
+                runs.write_status(recipe.run_directory, "preempted", reason, step=done)
+                log.say(f"Stopped after step {done}, which is saved. The same command continues from there.")
+            return False
+    log.close()
+    preemption.forget_signals()  # all is saved: what is left can be done again
+    return True
+
+
+@torch.no_grad()
+def evaluate(job: "Job") -> tuple[TokenCounts, float]:
+    """(counts over the held-out samples, seconds); the counts are the same for any ranks and any packing."""
+    start = time.monotonic()
+    job.engine.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=job.accelerator.device)
+    for micro_batch in job.micro_batches(job.held_out, range(len(job.held_out))):
+        sums += job.loss(job.held_out, micro_batch)[1]
+    dist.all_reduce(sums)
+    job.engine.train()
+    return counts_from_sums(sums), time.monotonic() - start
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the loop works with."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    engine: engines.Engine
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    samples: Samples
+    held_out: Samples
+    packed: bool
+    select: bool  # the model computes logits at chosen columns only
+    identity: dict[str, Any]
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run, repeats counted."""
+        settings = self.recipe.train
+        return batching.samples_in_run(
+            len(self.samples), settings.global_batch_size, settings.num_train_epochs, settings.max_steps
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return math.ceil(self.total_samples / self.recipe.train.global_batch_size)
+
+    def micro_batches(self, samples: Samples, ids: Sequence[int]) -> list[batching.MicroBatch]:
+        """This rank's micro-batches of these samples; every rank has as many."""
+        lengths = samples.lengths[list(ids)].tolist()
+        budget = self.recipe.train.max_tokens_per_micro_batch
+        return batching.lay_out(ids, lengths, budget, dist.get_world_size(), padded=not self.packed)[dist.get_rank()]
+
+    def loss(self, samples: Samples, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(summed loss, its sums, cells computed) of one micro-batch."""
+        batch = collate(samples, ids, self.accelerator.device, packed=self.packed)
+        loss_sum, sums = batch_loss(self.engine, batch, select=self.select)
+        return loss_sum, sums, batch.input_ids.numel()
+
+
+def prepare_run(recipe: Recipe) -> dict[str, Any]:
+    """Rank zero's part before the others need anything: the base on disk, the samples, the checkpoint to resume."""
+    directory = recipe.run_directory
+    base = resolve_base(recipe, show_progress=sys.stderr.isatty())
+    tokenizer = load_tokenizer(base, recipe.model)
+    prepared = prepare(recipe, tokenizer, choose_template(recipe.data.template, tokenizer))
+    paths = [directory / "data" / f"{split}.safetensors" for split in ("train", "evaluation")]
+    paths[0].parent.mkdir(exist_ok=True)
+    for path, part in zip(paths, (prepared.train, prepared.evaluation), strict=True):
+        part.save(path)
+    runs.write_json(directory / "data_report.json", prepared.report)
+    rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in prepared.quarantine)
+    runs.write_text(directory / "quarantine.jsonl", "".join(rows))
+    identity = checkpoints.identity_of_run(recipe, paths)
+    checkpoint = checkpoints.find_resumable(directory, say=print)
+    if checkpoint is not None:
+        checkpoints.check_same_run(checkpoint, identity)
+    runs.rewind_metrics(directory, checkpoint.step if checkpoint else 0)
+    runs.write_text(directory / "recipe.yaml", dump_recipe(recipe))
+    runs.write_json(directory / "environment.json", {"host": platform.node(), "versions": versions()})
+    return {
+        "base": base,
+        "samples": [str(path) for path in paths],
+        "identity": identity,
+        "checkpoint": str(checkpoint.path) if checkpoint else None,
+    }
+
+
+def start_up_banner(job: Job, precision: str, packing: str, checkpoint: Resumable | None) -> str:
+    """The batch arithmetic, the precision and why, and what each rank holds."""
+    recipe, settings, samples = job.recipe, job.recipe.train, job.samples
+    first_ids = batching.step_samples(
+        0, len(samples), settings.global_batch_size, job.total_samples, settings.seed
+    )
+    parameters = [(p.requires_grad, engines.num_elements(p)) for p in job.engine.module.parameters()]
+    trainable, total = sum(n for trained, n in parameters if trained), sum(n for _, n in parameters)
+    held = engines.bytes_on_this_rank(job.engine)
+    layout = f"{dist.get_world_size()} ranks, DeepSpeed ZeRO-{job.engine.zero_optimization_stage()}, {job.accelerator.device.type}"
+    rows = [
+        ("run", f"{recipe.run_directory}, {f'resumed after step {checkpoint.step}' if checkpoint else 'from the start'}"),
+        ("layout", layout),
+        ("precision", precision),
+        ("samples", f"{len(samples):,} to train on, {len(job.held_out):,} held out (data_report.json accounts for every row)"),
+        ("steps", f"{job.total_steps:,} of {settings.global_batch_size} samples"),
+        (
+            "first step",
+            f"{len(first_ids)} samples, {int(samples.lengths[first_ids].sum()):,} tokens, "
+            f"{int(samples.num_trained[first_ids].sum()):,} trained, in {len(job.micro_batches(samples, first_ids))} "
+            f"micro-batch(es) a rank of at most {settings.max_tokens_per_micro_batch:,} tokens",
+        ),
+        ("packing", packing),
+        ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
+        ("a rank holds", f"{format_bytes(held['weights'])} of weights, {format_bytes(held['optimizer'])} of optimizer"),
+    ]
+    return f"Cairn\n{format_table(rows)}\n"
+
+
+def closing_lines(recipe: Recipe) -> str:
+    """Where everything is, and what to do next."""
+    directory = recipe.run_directory
+    rows = [("adapter", str(directory / "adapter")), ("metrics", str(directory / "metrics.jsonl"))]
+    if recipe.run.merge:
+        rows.insert(0, ("merged model", str(directory / "merged")))
+    return f"{format_table(rows)}\nA real model: {LAUNCH_COMMAND} {FLAGSHIP}"
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether this very recipe has nothing left to do."""
+    directory = recipe.run_directory
+    is_done = runs.read_status(directory).get("state") == "finished"
+    return is_done and (directory / "recipe.yaml").read_text(encoding="utf-8") == dump_recipe(recipe)
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
