@@ -1,4 +1,4 @@
-"""One fine-tuning run from top to bottom: recipe -> rows -> samples -> optimizer steps -> checkpoints -> merged weights.
+"""One fine-tuning run from top to bottom: recipe -> rows -> samples -> optimizer steps -> checkpoints -> merge.
 
     accelerate launch --config_file configs/accelerate/zero3.yaml train.py [RECIPE.yaml] [block.key=value ...]
 
@@ -109,7 +109,7 @@ def train(recipe: Recipe) -> None:
         print(start_up_banner(job, f"{precision}: {precision_reason}", packing, checkpoint), flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     accelerator.init_trackers(recipe.run.name)
-    if not optimizer_steps(job, checkpoint):
+    if not optimizer_steps(job, checkpoint, found["last_evaluation"]):
         return
 
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
@@ -134,8 +134,11 @@ def train(recipe: Recipe) -> None:
         print(closing_lines(recipe), flush=True)
 
 
-def optimizer_steps(job: "Job", checkpoint: Resumable | None) -> bool:
-    """Every step that is left. False when the run was asked to stop; all is saved either way."""
+def optimizer_steps(job: "Job", checkpoint: Resumable | None, last_evaluation: int) -> bool:
+    """Every step that is left. False when the run was asked to stop; all is saved either way.
+
+    `last_evaluation` is the step of the last evaluation that metrics.jsonl holds, -1 for none.
+    """
     recipe, settings, engine = job.recipe, job.recipe.train, job.engine
     learning_rate_at = engines.learning_rate_schedule(settings, job.total_steps)
     num_trained = job.samples.num_trained
@@ -148,9 +151,14 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None) -> bool:
         first_step=first_step,
         logging_steps=settings.logging_steps,
     )
+
+    def evaluate_if_due(done: int) -> None:
+        is_due = done in (0, job.total_steps) or (settings.eval_steps and done % settings.eval_steps == 0)
+        if is_due and done > last_evaluation:
+            log.evaluation(done, *evaluate(job))
+
     preemption.remember_signals()
-    if first_step == 0:
-        log.evaluation(0, *evaluate(job))
+    evaluate_if_due(first_step)  # 0, or what the stop left out
     for step in range(first_step, job.total_steps):
         # ==== one optimizer step ======================================================================================
         ids = batching.step_samples(
@@ -182,20 +190,19 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None) -> bool:
             skipped_steps=skipped_steps,
             loss_scale=engines.loss_scale(engine),
         )
-        if is_last or (not stop and settings.eval_steps and done % settings.eval_steps == 0):
-            log.evaluation(done, *evaluate(job))
         if is_last or stop or done % settings.save_steps == 0:
             facts = {"step": done, "skipped_steps": skipped_steps, "identity": job.identity, "versions": versions()}
             checkpoints.save_checkpoint(
                 recipe.run_directory, engine, job.model, job.tokenizer, facts, keep=settings.save_total_limit
             )
-        if stop and not is_last:
+        if stop:
             log.close()
             if job.accelerator.is_main_process:
-                reason = f"{preemption.signal_name()} after step {done}; nothing is lost"
+                reason = f"asked to stop; step {done} is saved"
                 runs.write_status(recipe.run_directory, "preempted", reason, step=done)
                 log.say(f"Stopped after step {done}, which is saved. The same command continues from there.")
             return False
+        evaluate_if_due(done)
     log.close()
     preemption.forget_signals()  # all is saved: what is left can be done again
     return True
@@ -272,7 +279,7 @@ def prepare_run(recipe: Recipe) -> dict[str, Any]:
     checkpoint = checkpoints.find_resumable(directory, say=print)
     if checkpoint is not None:
         checkpoints.check_same_run(checkpoint, identity)
-    runs.rewind_metrics(directory, checkpoint.step if checkpoint else 0)
+    metrics = runs.rewind_metrics(directory, checkpoint.step if checkpoint else -1)
     runs.write_text(directory / "recipe.yaml", dump_recipe(recipe))
     runs.write_json(directory / "environment.json", {"host": platform.node(), "versions": versions()})
     return {
@@ -280,24 +287,23 @@ def prepare_run(recipe: Recipe) -> dict[str, Any]:
         "samples": [str(path) for path in paths],
         "identity": identity,
         "checkpoint": str(checkpoint.path) if checkpoint else None,
+        "last_evaluation": max((record["step"] for record in metrics if record["kind"] == "evaluation"), default=-1),
     }
 
 
 def start_up_banner(job: Job, precision: str, packing: str, checkpoint: Resumable | None) -> str:
     """The batch arithmetic, the precision and why, and what each rank holds."""
     recipe, settings, samples = job.recipe, job.recipe.train, job.samples
-    first_ids = batching.step_samples(
-        0, len(samples), settings.global_batch_size, job.total_samples, settings.seed
-    )
-    parameters = [(p.requires_grad, engines.num_elements(p)) for p in job.engine.module.parameters()]
+    first_ids = batching.step_samples(0, len(samples), settings.global_batch_size, job.total_samples, settings.seed)
+    parameters = [(p.requires_grad, math.prod(engines.whole_shape(p))) for p in job.engine.module.parameters()]
     trainable, total = sum(n for trained, n in parameters if trained), sum(n for _, n in parameters)
     held = engines.bytes_on_this_rank(job.engine)
-    layout = f"{dist.get_world_size()} ranks, DeepSpeed ZeRO-{job.engine.zero_optimization_stage()}, {job.accelerator.device.type}"
+    stage = job.engine.zero_optimization_stage()
     rows = [
-        ("run", f"{recipe.run_directory}, {f'resumed after step {checkpoint.step}' if checkpoint else 'from the start'}"),
-        ("layout", layout),
+        ("run", f"{recipe.run_directory}, {f'resumed after step {checkpoint.step}' if checkpoint else 'from step 0'}"),
+        ("layout", f"{dist.get_world_size()} ranks, DeepSpeed ZeRO-{stage}, {job.accelerator.device.type}"),
         ("precision", precision),
-        ("samples", f"{len(samples):,} to train on, {len(job.held_out):,} held out (data_report.json accounts for every row)"),
+        ("samples", f"{len(samples):,} to train on, {len(job.held_out):,} held out; data_report.json has every row"),
         ("steps", f"{job.total_steps:,} of {settings.global_batch_size} samples"),
         (
             "first step",
@@ -309,7 +315,7 @@ def start_up_banner(job: Job, precision: str, packing: str, checkpoint: Resumabl
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
         ("a rank holds", f"{format_bytes(held['weights'])} of weights, {format_bytes(held['optimizer'])} of optimizer"),
     ]
-    return f"Cairn\n{format_table(rows)}\n"
+    return f"{format_table(rows)}\n"
 
 
 def closing_lines(recipe: Recipe) -> str:

@@ -46,4 +46,6 @@ def check_targets(model: torch.nn.Module, adapter: AdapterBlock) -> None:
             if not any(path == target or path.endswith(f".{target}") for path in paths):
                 near = difflib.get_close_matches(target, names, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
-                raise ConfigError(f"adapter.{key}: no module of the model is named {target!r}; {hint}It has {', '.join(names)}.")
+                raise ConfigError(
+                    f"adapter.{key}: no module of the model is named {target!r}; {hint}It has {', '.join(names)}."
+                )

@@ -33,7 +33,15 @@ _DELETING = ".deleting-"
 # What may differ between the recipe of a checkpoint and the recipe that resumes it: none of it changes a result.
 FREE_TO_CHANGE = {
     "train": {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_tokens_per_micro_batch", "packing"},
-    "run": {"name", "output_dir", "report_to", "merge", "merge_dtype", "max_shard_size_bytes", "process_group_timeout_seconds"},
+    "run": {
+        "name",
+        "output_dir",
+        "report_to",
+        "merge",
+        "merge_dtype",
+        "max_shard_size_bytes",
+        "process_group_timeout_seconds",
+    },
 }
 
 
@@ -214,7 +222,8 @@ def check_same_run(checkpoint: Resumable, identity: Mapping[str, Any]) -> None:
         differences = ["the prepared rows are not the same (the data file, the template or the tokenizer changed)"]
     if differences:
         raise CheckpointError(
-            f"{checkpoint.path} belongs to another run: {'; '.join(differences)}; restore that, or choose a new run.name."
+            f"{checkpoint.path} belongs to another run: {'; '.join(differences)}; restore that, or give this one "
+            "another run.name."
         )
 
 

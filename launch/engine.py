@@ -83,7 +83,9 @@ def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
         )
     use_gpu = torch.cuda.is_available()
     if not use_gpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles C++ at process-group start
+        # Which compiled ops could be built: none. Otherwise DeepSpeed probes for compilers, and then compiles its
+        # shared-memory collectives at process-group start (35 s).
+        deepspeed.ops.__compatible_ops__ = {}
     process_group = InitProcessGroupKwargs(
         backend="nccl" if use_gpu else "gloo", timeout=timedelta(seconds=recipe.run.process_group_timeout_seconds)
     )
@@ -102,7 +104,7 @@ def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
 
 
 def after_rank_zero(accelerator: Accelerator, work: Callable[[], str]) -> str:
-    """What `work` returned on rank zero; the others wait for it on the store, not in a collective that could time out."""
+    """What `work` returned on rank zero; the others wait on the store, not in a collective that could time out."""
     store = _get_default_store()
     if accelerator.is_main_process:
         store.set("cairn/rank-zero", work())
@@ -134,6 +136,7 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
         fused=True,
     )
     engine = accelerator.prepare(model, optimizer)[0]
+    engine.train()  # from_pretrained leaves the model in eval mode, without dropout and gradient checkpointing
     for group in _flat_groups(engine):
         state = engine.optimizer.optimizer.state[group]
         state["step"] = torch.zeros((), dtype=torch.float32, device=group.device)
@@ -184,8 +187,8 @@ def gather_training_state(engine: Engine) -> dict[str, torch.Tensor]:
         whole |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
         if dist.get_rank() == 0:
             for key, tensor in whole.items():
-                shape = getattr(parameter, "ds_shape", parameter.shape)
-                state[f"{name}.{key}"] = tensor.detach().to("cpu", copy=True).reshape(shape).contiguous()
+                tensor = tensor.detach().to("cpu", copy=True)
+                state[f"{name}.{key}"] = tensor.reshape(whole_shape(parameter)).contiguous()
     return state
 
 
@@ -195,7 +198,7 @@ def restore_training_state(engine: Engine, state: dict[str, torch.Tensor], adam_
     Raises CheckpointError when names or shapes differ from the model's.
     """
     expected = {
-        f"{name}.{key}": tuple(getattr(parameter, "ds_shape", parameter.shape))
+        f"{name}.{key}": whole_shape(parameter)
         for name, parameter in trainable_parameters(engine)
         for key in ("master", *MOMENTS)
     }
@@ -206,31 +209,15 @@ def restore_training_state(engine: Engine, state: dict[str, torch.Tensor], adam_
                 f"The checkpoint does not fit the model: {name} has shape {found.get(name, 'none')} in the checkpoint "
                 f"and {expected.get(name, 'none')} in the model."
             )
-    is_zero3 = engine.zero_optimization_stage() == 3
-    for name, parameter in trainable_parameters(engine):
-        if is_zero3:
-            # safe_set_full_* wants sizes that divide by the ranks, so each rank pads and slices its own part.
-            part_size = parameter.ds_tensor.numel()
-            for key in ("master", *MOMENTS):
-                flat = state[f"{name}.{key}"].flatten()
-                padded = torch.nn.functional.pad(flat, (0, part_size * dist.get_world_size() - flat.numel()))
-                part = padded[part_size * dist.get_rank() :][:part_size]
-                if key == "master":
-                    safe_set_local_fp32_param(parameter, part)
-                else:
-                    safe_set_local_optimizer_state(parameter, part, key)
-        else:
-            safe_set_full_fp32_param(parameter, state[f"{name}.master"])
+    if engine.zero_optimization_stage() == 3:
+        _restore_partitions(engine, state)
+    else:
+        for name, parameter in trainable_parameters(engine):
+            master = state[f"{name}.master"]
+            safe_set_full_fp32_param(parameter, master)
+            parameter.data.copy_(master)
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[f"{name}.{moment}"], moment)
-            parameter.data.copy_(state[f"{name}.master"])
-    if is_zero3:
-        for index in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
-            engine.optimizer._reassign_or_swap_out_partitioned_parameters(index)
-        persistent = engine.optimizer.persistent_parameters  # small ones, which stay whole on every rank
-        if persistent:
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
     for group in _flat_groups(engine):
         engine.optimizer.optimizer.state[group]["step"].fill_(adam_step)
 
@@ -271,16 +258,17 @@ def whole_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
 
 def whole_master(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The fp32 master of a trainable parameter, whole, on every rank (a collective)."""
-    return safe_get_full_fp32_param(parameter).detach().reshape(getattr(parameter, "ds_shape", parameter.shape))
+    master: torch.Tensor = safe_get_full_fp32_param(parameter).detach()
+    return master.reshape(whole_shape(parameter))
 
 
-def num_elements(parameter: torch.nn.Parameter) -> int:
-    """Elements of the whole parameter, partitioned or not."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter, partitioned or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def bytes_on_this_rank(engine: Engine) -> dict[str, int]:
-    """Bytes that this rank keeps between steps: its share of the weights, and of the optimizer's masters and moments."""
+    """Bytes that this rank keeps between steps: its weights, and the optimizer's masters and moments."""
     weights = 0
     for parameter in engine.module.parameters():
         kept = getattr(parameter, "ds_tensor", parameter)
@@ -294,3 +282,25 @@ def _flat_groups(engine: Engine) -> list[torch.Tensor]:
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return list(engine.optimizer.single_partition_of_fp32_groups)
+
+
+def _restore_partitions(engine: Engine, state: dict[str, torch.Tensor]) -> None:
+    """ZeRO-3: safe_set_full_* wants sizes that divide by the ranks, so each rank pads and slices its own part."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    for name, parameter in trainable_parameters(engine):
+        partition: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed adds it
+        part_size = partition.numel()
+        for key in ("master", *MOMENTS):
+            flat = state[f"{name}.{key}"].flatten()
+            padded = torch.nn.functional.pad(flat, (0, part_size * num_ranks - flat.numel()))
+            part = padded[part_size * rank :][:part_size]
+            if key == "master":
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, key)
+    for index in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
+        engine.optimizer._reassign_or_swap_out_partitioned_parameters(index)  # fp32 masters -> 16-bit partitions
+    persistent = engine.optimizer.persistent_parameters  # small ones, which stay whole on every rank
+    if persistent:
+        persistent[0].partition(persistent)
+        persistent[0].all_gather(persistent)

@@ -69,7 +69,9 @@ def _read_rows(source: str) -> Iterator[tuple[str, Row]]:
         try:
             values = json.loads(text) if text.strip() else []
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{source} is not one JSON array: {error}; rows one a line belong in a .jsonl file.") from None
+            raise DataError(
+                f"{source} is not one JSON array: {error}; rows one a line belong in a .jsonl file."
+            ) from None
         if not isinstance(values, list):
             raise DataError(f"{source} must hold one JSON array of rows, but holds a {type(values).__name__}.")
         numbered = list(enumerate(values, start=1))
@@ -99,7 +101,9 @@ def _read_hub_rows(source: str, path: Path) -> Iterator[tuple[str, Row]]:
         loaded = datasets.load_dataset(source, split="train")
     except Exception as error:  # the library raises many kinds; all of them mean that there are no rows
         reason = str(error).partition("\n")[0]
-        raise DataError(f"The data set {source} cannot be loaded from the hub: {type(error).__name__}: {reason}.") from None
+        raise DataError(
+            f"The data set {source} cannot be loaded from the hub: {type(error).__name__}: {reason}."
+        ) from None
     for number, row in enumerate(loaded, start=1):
         yield f"{source}:{number}", row
 
@@ -111,7 +115,10 @@ def _format_of(first: tuple[str, Row], data: DataBlock) -> str:
     if data.format != "auto":
         missing = [column for column in COLUMNS_OF_FORMAT[data.format] if column not in row]
         if missing:
-            raise DataError(f"{row_id}: data.format is {data.format}, but the row has no column {missing[0]!r}; it has {', '.join(row)}.")
+            raise DataError(
+                f"{row_id}: data.format is {data.format}, but the row has no column {missing[0]!r}; "
+                f"it has {', '.join(row)}."
+            )
         return data.format
     for name, columns in COLUMNS_OF_FORMAT.items():
         if all(column in row for column in columns):
@@ -130,7 +137,9 @@ def _from_messages(row_id: str, row: Row) -> list[Message]:
             raise DataError(f"{row_id}: messages[{index}] must be an object with role and content.")
         role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
-            raise DataError(f"{row_id}: messages[{index}].role is {role!r}; the valid roles are system, user, assistant.")
+            raise DataError(
+                f"{row_id}: messages[{index}].role is {role!r}; the valid roles are system, user, assistant."
+            )
         if not isinstance(content, str):
             raise DataError(f"{row_id}: messages[{index}].content must be text, but is a {type(content).__name__}.")
         messages.append(Message(role=role, content=content))

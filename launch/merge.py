@@ -68,7 +68,9 @@ def list_parts(model: PeftModel) -> tuple[list[Part], bool]:
             if leaf == "weight":
                 layer = modules[wrapper]
                 if type(layer) is not LoraLinear or layer.fan_in_fan_out or layer.use_dora.get(ADAPTER_NAME):
-                    raise MergeError(f"{wrapper}: a {type(layer).__name__} layer cannot be merged yet; set run.merge=false.")
+                    raise MergeError(
+                        f"{wrapper}: a {type(layer).__name__} layer cannot be merged yet; set run.merge=false."
+                    )
                 lora = layer
         if lora is None and id(tensor) in name_of:
             tied = True
@@ -129,7 +131,11 @@ def _merged_tensors(parts: Sequence[Part], dtype: torch.dtype) -> Iterator[tuple
     """(name, merged tensor on the CPU); every rank iterates, the values are whole on rank zero."""
     is_writer = torch.distributed.get_rank() == 0
     for part in parts:
-        lora = [engines.whole_master(m[ADAPTER_NAME].weight) for m in (part.lora.lora_A, part.lora.lora_B)] if part.lora else []
+        lora = (
+            [engines.whole_master(m[ADAPTER_NAME].weight) for m in (part.lora.lora_A, part.lora.lora_B)]
+            if part.lora
+            else []
+        )
         value = torch.empty(0)
         if part.trained is not None:
             value = engines.whole_master(part.trained).cpu().to(dtype)
@@ -175,7 +181,7 @@ def _write_shards(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], 
     if len(shards) == 1:
         (directory / "shard-0").rename(directory / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (directory / f"shard-{number}").rename(directory / file_name)
@@ -191,7 +197,9 @@ def _check_all_used(model: PeftModel, parts: Sequence[Part]) -> None:
             used |= {id(p) for p in (part.lora.lora_A[ADAPTER_NAME].weight, part.lora.lora_B[ADAPTER_NAME].weight)}
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in used]
     if left:
-        raise MergeError(f"The merge does not know what to do with {left[0]} ({len(left)} such tensors); set run.merge=false.")
+        raise MergeError(
+            f"The merge does not know what to do with {left[0]} ({len(left)} such tensors); set run.merge=false."
+        )
 
 
 def _persistent_buffers(base: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

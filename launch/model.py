@@ -23,8 +23,16 @@ def resolve_base(recipe: Recipe, *, show_progress: bool = False) -> str:
     if recipe.model.name_or_path != TINY_MODEL_NAME:
         return recipe.model.name_or_path
     from launch.tiny import build_tiny_base
+
     directory = Path(recipe.run.output_dir) / "base-models" / TINY_MODEL_NAME
     return str(build_tiny_base(directory, Path(recipe.data.train), show_progress=show_progress))
+
+
+def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run of this recipe would use, without building the tiny base for it."""
+    if recipe.model.name_or_path == TINY_MODEL_NAME:
+        return build_tiny_tokenizer(TINY_ROWS)
+    return load_tokenizer(recipe.model.name_or_path, recipe.model)
 
 
 def load_tokenizer(base: str, model: ModelBlock) -> PreTrainedTokenizerBase:
@@ -36,7 +44,9 @@ def load_tokenizer(base: str, model: ModelBlock) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The tokenizer of {base} cannot be loaded: {_first_line(error)}") from None
     if not tokenizer.is_fast:
-        raise ModelError(f"The tokenizer of {base} is a slow one, which gives no character offsets to find the answers by.")
+        raise ModelError(
+            f"The tokenizer of {base} is a slow one, which gives no character offsets to find the answers by."
+        )
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
@@ -74,7 +84,9 @@ def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
 
 def serving_generation_config(model: PreTrainedModel, end_token_ids: list[int]) -> GenerationConfig:
     """The base's generation config with the trained end tokens added to those that stop."""
-    config = GenerationConfig.from_dict(model.generation_config.to_dict()) if model.generation_config else GenerationConfig()
+    config = (
+        GenerationConfig.from_dict(model.generation_config.to_dict()) if model.generation_config else GenerationConfig()
+    )
     stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     config.eos_token_id = sorted({*end_token_ids, *(stop for stop in stops if stop is not None)})
     return config

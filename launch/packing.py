@@ -68,7 +68,7 @@ def collate(samples: Samples, ids: Sequence[int], device: torch.device, *, packe
 
 
 def batch_loss(model: torch.nn.Module, batch: Batch, *, select: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(summed loss, its `loss_and_sums`) of a micro-batch; `select`: the model computes logits at chosen columns only."""
+    """`loss_and_sums` of a micro-batch; `select`: the model can compute logits at chosen columns only."""
     logits = _logits(model, batch, select=select)
     return loss_and_sums(logits, batch.targets)
 
@@ -107,9 +107,9 @@ def leak_between_samples(model: torch.nn.Module, samples: Samples, device: torch
     packed = torch.from_numpy(np.concatenate([first, second])).to(device)[None]  # [1, seq]
     positions = torch.from_numpy(np.concatenate([np.arange(len(first)), np.arange(len(second))])).to(device)
     columns = torch.arange(len(first), len(first) + len(second), device=device)
-    together = model(
-        input_ids=packed, position_ids=positions[None], logits_to_keep=columns, use_cache=False
-    ).logits[0]  # [second, vocab]
+    together = model(input_ids=packed, position_ids=positions[None], logits_to_keep=columns, use_cache=False).logits[
+        0
+    ]  # [second, vocab]
     alone = model(input_ids=torch.from_numpy(second).to(device)[None], use_cache=False).logits[0]
     return float((together.float() - alone.float()).abs().max() / alone.float().abs().max().clamp_min(1e-12))
 

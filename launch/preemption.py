@@ -28,11 +28,6 @@ def stop_requested() -> bool:
     return bool(_received)
 
 
-def signal_name() -> str:
-    """The first signal received, for the status file."""
-    return signal.Signals(_received[0]).name if _received else "none"
-
-
 def end_with_parent() -> None:
     """Ask the kernel to kill this process when its parent dies: a killed launcher leaves live ranks otherwise."""
     parent = os.getppid()

@@ -45,7 +45,7 @@ def check_model(model: ModelBlock) -> None:
         return
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
-            f"model.name_or_path = {name} does not exist; give a directory, a hub id (owner/name), or {TINY_MODEL_NAME}."
+            f"model.name_or_path = {name} does not exist; give a directory, a hub id (owner/name) or {TINY_MODEL_NAME}."
         )
     try:
         hf_hub_download(name, "config.json", revision=model.revision)

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,10 +32,20 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m{rest:02d}s" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def format_table(rows: Sequence[tuple[str, str]]) -> str:
-    """Two aligned columns, indented."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+def format_table(rows: Sequence[tuple[str, str]], columns: int = 80) -> str:
+    """Names and texts in two aligned columns; long texts continue under themselves."""
+    width = max(len(name) for name, _ in rows) + 4
+    return "\n".join(
+        textwrap.fill(
+            text,
+            columns,
+            initial_indent=f"  {name}".ljust(width),
+            subsequent_indent=" " * width,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, text in rows
+    )
 
 
 class RunLog:
@@ -52,9 +63,13 @@ class RunLog:
         self.total_steps = total_steps
         self.logging_steps = logging_steps
         self._bar = tqdm(
-            total=total_steps, initial=first_step, desc="train", unit="step", leave=False,
+            total=total_steps,
+            initial=first_step,
+            desc="train",
+            unit="step",
+            leave=False,
             disable=not (self.is_rank_zero and sys.stderr.isatty()),
-        )  # fmt: skip
+        )
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -73,7 +88,7 @@ class RunLog:
         skipped_steps: int,
         loss_scale: float | None,
     ) -> None:
-        """Add a step; `sums` are [loss sum, correct, tokens, cells] over all ranks, `num_tokens` its tokens unpadded."""
+        """Add a step: [loss sum, correct, tokens, cells] over all ranks, and its tokens without padding."""
         self._bar.update()
         self._sums += torch.tensor(sums, dtype=torch.float64)
         self._num_tokens += num_tokens

@@ -61,11 +61,15 @@ def load_chat_template(name: str) -> ChatTemplate:
     """Read `templates/chat/<name>.jinja`. Raises TemplateError when it is missing or marks nothing as trained."""
     source = _read(name, "chat")
     if "generation" not in source:
-        raise TemplateError(f"templates/chat/{name}.jinja marks no answer with {{% generation %}} ... {{% endgeneration %}}.")
+        raise TemplateError(
+            f"templates/chat/{name}.jinja marks no answer with {{% generation %}} ... {{% endgeneration %}}."
+        )
     return ChatTemplate(name, source)
 
 
-def render_chat(template: ChatTemplate, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendered:
+def render_chat(
+    template: ChatTemplate, messages: Sequence[Message], *, add_generation_prompt: bool = False
+) -> Rendered:
     """Render a whole conversation once. Raises TemplateError with the template's own reason."""
     try:
         marked = _compile(template.source).render(
@@ -101,7 +105,9 @@ def render_prompt(name: str, source: str, row: Mapping[str, Any], row_id: str) -
         return _compile(source).render(row)
     except jinja2.UndefinedError as error:
         columns = ", ".join(row)
-        raise DataError(f"{row_id}: templates/prompt/{name}.jinja names a missing column: {error}; it has {columns}.") from None
+        raise DataError(
+            f"{row_id}: templates/prompt/{name}.jinja names a missing column: {error}; it has {columns}."
+        ) from None
     except jinja2.TemplateError as error:
         raise TemplateError(f"{row_id}: templates/prompt/{name}.jinja failed: {error}.") from None
 

@@ -44,7 +44,9 @@ def build_tokenizer(texts: list[str], vocab_size: int = 600) -> PreTrainedTokeni
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def build_base(directory: Path, texts: list[str], *, family: str = "qwen2", tied: bool = False, vocab_size: int = 600) -> Path:
+def build_base(
+    directory: Path, texts: list[str], *, family: str = "qwen2", tied: bool = False, vocab_size: int = 600
+) -> Path:
     """A random model with weights large enough that its samples matter to each other."""
     tokenizer = build_tokenizer(texts, vocab_size)
     torch.manual_seed(0)
@@ -52,18 +54,35 @@ def build_base(directory: Path, texts: list[str], *, family: str = "qwen2", tied
     if family == "qwen2":
         model = Qwen2ForCausalLM(
             Qwen2Config(
-                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.2,
-                tie_word_embeddings=tied, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=2048,
+                initializer_range=0.2,
+                tie_word_embeddings=tied,
+                bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id,
+            )
         )
     else:
         model = OPTForCausalLM(
             OPTConfig(
-                vocab_size=len(tokenizer), hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=2048, word_embed_proj_dim=32, init_std=0.2, dropout=0.0,
-                bos_token_id=None, pad_token_id=0, eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=2048,
+                word_embed_proj_dim=32,
+                init_std=0.2,
+                dropout=0.0,
+                bos_token_id=None,
+                pad_token_id=0,
+                eos_token_id=tokenizer.eos_token_id,
+            )
         )
     model.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
@@ -78,10 +97,12 @@ def make_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     for number in range(count):
         picks = torch.randint(len(words), (24,), generator=generator).tolist()
         ask, answer = 1 + picks[0] % 9, 1 + picks[1]
-        rows.append({
-            "input": f"{number} " + " ".join(words[i] for i in picks[:ask]),
-            "output": " ".join(words[i] for i in picks[2 : 2 + answer]),
-        })  # fmt: skip
+        rows.append(
+            {
+                "input": f"{number} " + " ".join(words[i] for i in picks[:ask]),
+                "output": " ".join(words[i] for i in picks[2 : 2 + answer]),
+            }
+        )
     return rows
 
 
@@ -100,11 +121,15 @@ class World:
             "data": {"train": str(self.rows), "template": "chatml", "max_length": 128, "test_size": 10},
             "adapter": {"r": 4, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]},
             "train": {
-                "global_batch_size": 8, "max_steps": 4, "learning_rate": 1e-2, "max_tokens_per_micro_batch": 256,
-                "logging_steps": 1, "warmup_steps": 1,
+                "global_batch_size": 8,
+                "max_steps": 4,
+                "learning_rate": 1e-2,
+                "max_tokens_per_micro_batch": 256,
+                "logging_steps": 1,
+                "warmup_steps": 1,
             },
             "run": {"name": name, "output_dir": str(self.directory / "runs"), "merge": False},
-        }  # fmt: skip
+        }
         for block, values in blocks.items():
             tree[block] |= values
         path = self.directory / f"{name}.yaml"
@@ -142,7 +167,9 @@ def deepspeed_json(directory: Path, stage: int = 3, **fp16: Any) -> Path:
     return path
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, deepspeed: Path | None = None) -> list[Any]:
+def run_ranks(
+    num_ranks: int, function: Callable[..., Any], *arguments: Any, deepspeed: Path | None = None
+) -> list[Any]:
     """`function(*arguments)` on forked ranks with the environment that accelerate launch gives; the results by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -152,10 +179,16 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, dee
     children = []
     for rank in range(num_ranks):
         environment = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_DEEPSPEED": "true",
-            "ACCELERATE_DEEPSPEED_CONFIG_FILE": config, "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
-        }  # fmt: skip
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": num_ranks,
+            "LOCAL_WORLD_SIZE": num_ranks,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": config,
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+        }
         receiver, sender = context.Pipe(duplex=False)
         child = context.Process(target=_be_a_rank, args=(environment, sender, function, arguments), daemon=True)
         child.start()
@@ -177,7 +210,9 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, dee
     return results
 
 
-def _be_a_rank(environment: dict[str, Any], sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _be_a_rank(
+    environment: dict[str, Any], sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     try:
         sender.send((True, function(*arguments)))

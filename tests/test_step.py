@@ -54,6 +54,14 @@ def test_any_layout_gives_the_same_curve(
     assert (max(padding) > 0.05) == (packing == "off")
 
 
+def test_gradient_checkpointing_changes_nothing(world: World, reference: str) -> None:
+    name = "gradient-checkpointing"
+    train = {"max_steps": STEPS, "eval_steps": 5, "gradient_checkpointing": True}
+    launch(world.recipe(name, train=train), 2)
+    for one, other in zip(curve(world, reference), curve(world, name), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)
+
+
 def test_a_leaking_model_is_seen_and_padded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """OPT takes position_ids and logits_to_keep and still lets packed samples see each other."""
     rows = make_rows(50)

@@ -1,0 +1,56 @@
+# `make run` and `make test` do all their set-up themselves; a second call reuses it.
+
+PYTHON ?= python3
+RECIPE ?=
+ARGS ?=
+
+# The torch to install: the pin in requirements.txt, or the one chosen earlier with TORCH=... (`make clean` forgets it).
+TORCH ?= $(shell cat .venv/chosen-torch 2>/dev/null || grep '^torch==' requirements.txt)
+TORCH := $(TORCH)
+
+# The stamps are named after what was installed and where, so any change of these files or of TORCH is a new set-up.
+RUN_STAMP := .venv/run-$(shell { pwd; echo '$(TORCH)'; cat requirements.txt; } | sha256sum | cut -c1-16)
+TEST_STAMP := $(RUN_STAMP)-test-$(shell sha256sum < requirements-dev.txt | cut -c1-16)
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PIP_INSTALL := .venv/bin/python -m pip install -q --disable-pip-version-check
+
+.PHONY: help run test test-fast lint clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+run: $(RUN_STAMP)  ## train: make run RECIPE=configs/recipes/NAME.yaml ARGS="train.max_steps=20"; with neither, a tiny model
+	accelerate launch --config_file configs/accelerate/zero3.yaml train.py $(RECIPE) $(ARGS)
+
+test: test-fast  ## every check: lint, the fast tests, then the slow ones
+	python -m pytest -q -m slow
+
+test-fast: lint  ## lint and the fast tests
+	python -m pytest -q -m "not slow"
+
+lint: $(TEST_STAMP)  ## ruff and mypy
+	ruff check .
+	ruff format --check --output-format concise .
+	mypy
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find launch metrics tests configs -name __pycache__ -prune -exec rm -rf {} +
+
+# From an empty .venv each time: over an installed torch, pip would take the same version for another CUDA as satisfied.
+$(RUN_STAMP): export CHOSEN_TORCH := $(TORCH)
+$(RUN_STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed (make PYTHON=python3.12 ...); $(PYTHON) is " \
+	    + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@echo "Installing $$CHOSEN_TORCH and requirements.txt into .venv, once; this takes a few minutes."
+	@$(PYTHON) -m venv --clear .venv
+	@$(PIP_INSTALL) $$CHOSEN_TORCH
+	@grep -v '^torch==' requirements.txt | $(PIP_INSTALL) -r /dev/stdin
+	@grep -qxF "$$CHOSEN_TORCH" requirements.txt || echo "$$CHOSEN_TORCH" > .venv/chosen-torch
+	@touch $@
+
+$(TEST_STAMP): | $(RUN_STAMP)
+	@echo "Installing requirements-dev.txt into .venv, once."
+	@$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,110 @@
+"""python -m launch and the refusals of train.py: one sentence, the right exit code, status.json."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, World, launch, run_ranks
+
+import train
+from launch import runs
+from launch.engine import check_process_count
+from launch.errors import PreflightError
+
+
+def python_m_launch(*arguments: str | Path) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_preview_marks_what_is_trained(world: World) -> None:
+    code, out, _ = python_m_launch("preview", world.recipe("preview"), "--rows", "2")
+    rows = [json.loads(line) for line in world.rows.read_text(encoding="utf-8").splitlines()]
+    assert code == 0
+    assert out.count("── rows.jsonl:") == 2 and "template chatml" in out
+    for row in rows[:2]:
+        assert f"<|im_start|>user\n{row['input']}<|im_end|>\n<|im_start|>assistant\n«{row['output']}<|im_end|>»" in out
+
+
+def test_check_says_what_a_run_would_find(world: World) -> None:
+    code, out, _ = python_m_launch("check", world.recipe("check"))
+    assert (code, out.splitlines()[-1]) == (0, "Nothing here would be refused.")
+    assert "50 rows: 40 trained, 10 evaluated" in out
+
+
+BAD = [
+    ("train.learning_rte=1", "train.learning_rte is not a recipe key"),
+    ("train.global_batch_size=0", "train.global_batch_size = 0 is not valid"),
+    ("train.seed=soon", "train.seed = 'soon' is not valid"),
+    ("data.train=nowhere.jsonl", "There is no data file nowhere.jsonl"),
+    ("data.prompt_template=alpaca", "templates/prompt/alpaca.jinja names a missing column: 'instruction'"),
+    ("data.template=lama2", "There is no chat template 'lama2'; the valid names are"),
+    ("model.name_or_path=./nowhere", "model.name_or_path = ./nowhere does not exist"),
+    ("run.report_to=[paper]", "'paper' is not a tracker"),
+]
+
+
+@pytest.mark.parametrize(("override", "sentence"), BAD, ids=[override for override, _ in BAD])
+def test_bad_input_is_refused_before_a_weight_is_read(
+    world: World, capfd: pytest.CaptureFixture[str], override: str, sentence: str
+) -> None:
+    """The base has no weights at all, so reading one would be another error."""
+    hollow = world.directory / "hollow"
+    if not hollow.exists():
+        hollow.mkdir()
+        for path in world.base.iterdir():
+            if path.suffix != ".safetensors":
+                (hollow / path.name).write_bytes(path.read_bytes())
+    name = f"bad-{BAD.index((override, sentence))}"
+    recipe = World(world.directory, hollow, world.rows).recipe(name)
+    assert run_ranks(1, train.main, [str(recipe), override]) == [1]
+    said = capfd.readouterr().err
+    assert said.count("Refused: ") == 1 and sentence in said
+    status = runs.read_status(world.run_directory(name))
+    assert status["state"] == "refused" and sentence in status["reason"]
+
+
+@pytest.mark.parametrize("override", ["data.train=nowhere.jsonl", "train.global_batch_size=0"])
+def test_check_refuses_with_exit_code_2(world: World, override: str) -> None:
+    code, out, err = python_m_launch("check", world.recipe("check-bad"), override)
+    assert (code, out) == (2, "")
+    assert err.startswith("Refused: ") and err.count("\n") == 1
+
+
+def test_more_processes_than_gpus() -> None:
+    with pytest.raises(
+        PreflightError, match=r"4 processes were launched but this machine has 2 GPU\(s\); add --num_processes 2"
+    ):
+        check_process_count(4, 2)
+    check_process_count(4, 4)
+    check_process_count(4, 0)
+
+
+def test_train_without_accelerate_launch_is_refused(world: World) -> None:
+    done = subprocess.run(
+        [sys.executable, "train.py", world.recipe("bare")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "start it with accelerate launch --config_file configs/accelerate/zero3.yaml train.py" in done.stderr
+
+
+def test_two_jobs_in_one_run_directory(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe("busy")
+    with runs.open_run(world.run_directory("busy")):
+        assert run_ranks(1, train.main, [str(recipe)]) == [1]
+    assert "Another process is running in" in capfd.readouterr().err
+
+
+def test_tensorboard_gets_the_metrics(world: World) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    launch(world.recipe("tracked", run={"report_to": ["tensorboard"]}, train={"max_steps": 3}), 2)
+    (events,) = world.run_directory("tracked").rglob("events.out.tfevents*")
+    accumulator = EventAccumulator(str(events)).Reload()
+    found = [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
+    expected = [(record["step"], record["loss"]) for record in world.metrics("tracked", "train")]
+    assert found == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in expected]

@@ -1,0 +1,103 @@
+"""The real accelerate launch, end to end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, World
+from safetensors.torch import load_file
+
+from launch import runs
+from launch.checkpoint import path_of_step
+
+pytestmark = pytest.mark.slow
+SETTINGS = {"max_steps": 40, "save_steps": 10, "eval_steps": 20}
+ACCELERATE = Path(sys.executable).with_name("accelerate")
+COMMAND = [ACCELERATE, "launch", "--config_file", "configs/accelerate/zero3.yaml", "--main_process_port", "0"]
+
+
+def start(recipe: Path, *arguments: str, num_ranks: int = 2) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, "--num_processes", str(num_ranks), "train.py", str(recipe), *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], expected_code: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == expected_code, output
+    return output
+
+
+def ranks_of(recipe: Path) -> list[int]:
+    """Processes that run train.py on this recipe, launcher excluded."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue  # it has just ended
+            if str(recipe).encode() in command and b"launch" not in command:
+                found.append(int(entry.name))
+    return found
+
+
+def wait_until(condition: object, seconds: float, what: str) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"after {seconds} s: not {what}"
+        time.sleep(0.05)
+
+
+def final_state(world: World, name: str) -> dict[str, torch.Tensor]:
+    return load_file(path_of_step(world.run_directory(name), SETTINGS["max_steps"]) / "optimizer.safetensors")
+
+
+def test_kill_9_of_the_launcher_then_the_same_command(world: World) -> None:
+    blocks = {"train": SETTINGS, "adapter": {"lora_dropout": 0.1}}
+    finish(start(world.recipe("straight", **blocks)))
+    recipe = world.recipe("killed", **blocks)
+    process = start(recipe)
+    wait_until(path_of_step(world.run_directory("killed"), 10).exists, 120, "a checkpoint")
+    assert len(ranks_of(recipe)) == 2
+    process.kill()
+    wait_until(lambda: not ranks_of(recipe), 5, "without ranks")
+    process.communicate()
+    assert runs.read_status(world.run_directory("killed"))["state"] == "running"  # nobody was left to say otherwise
+    assert "resumed after step" in finish(start(recipe))
+    assert runs.read_status(world.run_directory("killed"))["state"] == "finished"
+    straight, resumed = final_state(world, "straight"), final_state(world, "killed")
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert "is finished" in finish(start(recipe))
+
+
+def test_sigterm_to_the_launcher_saves_and_continues(world: World) -> None:
+    recipe = world.recipe("preempted", train=SETTINGS)
+    process = start(recipe)
+    wait_until(path_of_step(world.run_directory("preempted"), 10).exists, 120, "a checkpoint")
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    status = runs.read_status(world.run_directory("preempted"))
+    assert status["state"] == "preempted"
+    assert path_of_step(world.run_directory("preempted"), status["step"]).exists()
+    assert f"resumed after step {status['step']}" in finish(start(recipe, num_ranks=3))
+
+
+def test_a_refusal_is_one_sentence_from_one_rank(world: World) -> None:
+    recipe = world.recipe("refused", data={"train": "no/such/rows.jsonl"})
+    output = finish(start(recipe, num_ranks=4), expected_code=1)
+    assert output.count("Refused: There is no data file no/such/rows.jsonl") == 1
+    assert output.count("Traceback") == 1, "only the launcher's own"
+    status = runs.read_status(world.run_directory("refused"))
+    assert status["state"] == "refused" and "no/such/rows.jsonl" in status["reason"]

@@ -1,0 +1,87 @@
+"""The merged directory is base + adapter, and plain transformers loads it."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from conftest import World, build_base, launch, make_rows
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch.merge import add_lora
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def any_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    directory = tmp_path_factory.mktemp("merge")
+    rows = make_rows(50)
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    base = build_base(directory / "base", [row["input"] + row["output"] for row in rows], tied=request.param)
+    return World(directory, base, directory / "rows.jsonl")
+
+
+@pytest.mark.parametrize("modules_to_save", [[], ["lm_head"], ["embed_tokens"]], ids=["lora", "head", "embeddings"])
+def test_merged_logits_are_those_of_base_and_adapter(any_world: World, modules_to_save: list[str]) -> None:
+    name = "-".join(["merge", *modules_to_save])
+    adapter: dict[str, Any] = {"target_modules": ALL, "modules_to_save": modules_to_save}
+    train = {"max_steps": 6, "learning_rate": 3e-2}
+    shards = {"merge": True, "merge_dtype": "float16", "max_shard_size_bytes": 20_000}
+    launch(any_world.recipe(name, adapter=adapter, train=train, run=shards), 2)
+    run_directory = any_world.run_directory(name)
+    merged, info = AutoModelForCausalLM.from_pretrained(run_directory / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert merged.dtype == torch.float16
+    assert len(list((run_directory / "merged").glob("model-*.safetensors"))) > 1
+    base = AutoModelForCausalLM.from_pretrained(any_world.base, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, str(run_directory / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(run_directory / "merged")
+    messages = [{"role": "user", "content": "cairn stone 石头"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    assert tokenizer.decode(ids[0]) == "<|im_start|>user\ncairn stone 石头<|im_end|>\n<|im_start|>assistant\n"
+    with torch.no_grad():
+        before = AutoModelForCausalLM.from_pretrained(any_world.base, dtype=torch.float32)(ids).logits
+        expected, found = tuned(ids).logits, merged.float()(ids).logits
+    assert (expected - before).abs().max() > 0.5, "the adapter must matter"
+    assert (expected - found).abs().max() < 0.01 * expected.abs().max()
+    assert merged.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
+    is_tied = merged.config.tie_word_embeddings
+    was_tied = base.config.tie_word_embeddings
+    assert is_tied == (was_tied and not modules_to_save)
+
+
+def test_one_rounding_rule() -> None:
+    """The base is cast first, the product is added in fp32, the sum is rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(*shape, generator=generator) for shape in ((16, 8), (2, 8), (16, 2)))
+    expected = (weight.half().double() + 0.5 * (b.double() @ a.double())).half()
+    found = add_lora(weight, a, b, 0.5, torch.float16)
+    assert found.dtype == torch.float16
+    assert (found != expected).float().mean() < 0.02  # fp32 and float64 differ at ties only
+    twice_rounded = weight.half() + (0.5 * (b @ a)).half()
+    assert (twice_rounded != expected).float().mean() > 0.1
+
+
+def test_overflow_is_refused_and_leaves_nothing(any_world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """A weight that float16 cannot hold: one sentence, no directory, and the same command with bfloat16 merges."""
+    base = AutoModelForCausalLM.from_pretrained(any_world.base, dtype=torch.float32)
+    base.model.layers[0].self_attn.k_proj.weight.data[0, 0] = 1e6
+    huge = any_world.directory / "huge"
+    base.save_pretrained(huge)
+    AutoTokenizer.from_pretrained(any_world.base).save_pretrained(huge)
+    world = World(any_world.directory, huge, any_world.rows)
+    recipe = world.recipe("huge", run={"merge": True, "merge_dtype": "float16"}, train={"max_steps": 1})
+    from conftest import run_ranks
+
+    import train
+
+    assert run_ranks(1, train.main, [str(recipe)]) == [1]
+    assert "k_proj.weight is not finite in float16" in capfd.readouterr().err
+    directory = world.run_directory("huge")
+    assert not [path.name for path in directory.iterdir() if "merged" in path.name]
+    launch(recipe, 1, "run.merge_dtype=bfloat16")
+    with safe_open(directory / "merged" / "model.safetensors", "pt") as file:
+        assert file.get_tensor("model.layers.0.self_attn.k_proj.weight").dtype == torch.bfloat16

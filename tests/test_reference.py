@@ -1,0 +1,112 @@
+"""The step against plain transformers + peft on one process, and token accuracy against a slow loop."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import World, launch, run_ranks
+from deepspeed.utils import safe_get_full_grad
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch import batching
+from launch import engine as engines
+from launch.adapter import add_adapter
+from launch.config import Recipe, load_recipe
+from launch.data import Samples, prepare
+from launch.model import choose_template, load_base
+from launch.packing import batch_loss, collate
+
+ADAPTER = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
+
+
+def perturb(model: torch.nn.Module) -> None:
+    """B starts at zero, which hides half of the gradients."""
+    for index, (_, parameter) in enumerate((n, p) for n, p in model.named_parameters() if p.requires_grad):
+        generator = torch.Generator().manual_seed(index)
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def samples_of(recipe: Recipe) -> tuple[Samples, Samples]:
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)
+    prepared = prepare(recipe, tokenizer, choose_template(recipe.data.template, tokenizer))
+    return prepared.train, prepared.evaluation
+
+
+def our_step(recipe_path: Path) -> tuple[float, dict[str, Any]]:
+    """Loss and gradients of step 0 through the real engine."""
+    recipe = load_recipe(recipe_path)
+    settings = recipe.train
+    samples, _ = samples_of(recipe)
+    engines.quiet_libraries()
+    accelerator = engines.create_accelerator(recipe, "fp32")
+    base = load_base(recipe.model.name_or_path, recipe.model, "fp32")
+    model = add_adapter(base, recipe.adapter, seed=settings.seed, dtype=torch.float32)
+    perturb(model)
+    engine = engines.start_engine(accelerator, model, settings)
+    ids = batching.step_samples(0, len(samples), settings.global_batch_size, 10_000, settings.seed)
+    lengths = samples.lengths[ids].tolist()
+    mine = batching.lay_out(ids, lengths, settings.max_tokens_per_micro_batch, dist.get_world_size())[dist.get_rank()]
+    sums = torch.zeros(3, dtype=torch.float64)
+    for index, micro_batch in enumerate(mine):
+        loss, micro_sums = batch_loss(
+            engine, collate(samples, micro_batch, accelerator.device, packed=True), select=True
+        )
+        engines.backward(engine, loss / int(samples.num_trained[ids].sum()), is_last=index == len(mine) - 1)
+        sums += micro_sums
+    dist.all_reduce(sums)
+    gradients = {name: safe_get_full_grad(p).numpy().copy() for name, p in engines.trainable_parameters(engine)}
+    return float(sums[0] / sums[2]), gradients
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_loss_and_gradients_are_those_of_transformers_and_peft(world: World, num_ranks: int) -> None:
+    path = world.recipe("one-step", adapter=ADAPTER, train={"max_tokens_per_micro_batch": 128})
+    loss, gradients = run_ranks(num_ranks, our_step, path)[0]
+
+    recipe = load_recipe(path)
+    samples, _ = samples_of(recipe)
+    base = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
+    torch.manual_seed(recipe.train.seed)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, lora_dropout=0.0, **ADAPTER))
+    perturb(model)
+    rows = [samples.sample(i) for i in batching.step_samples(0, len(samples), 8, 10_000, recipe.train.seed)]
+    longest = max(len(token_ids) for token_ids, _ in rows)
+    input_ids, labels = torch.zeros(8, longest, dtype=torch.int64), torch.full((8, longest), -100)
+    mask = torch.zeros(8, longest, dtype=torch.int64)
+    for row, (token_ids, trained) in enumerate(rows):
+        input_ids[row, : len(token_ids)] = torch.from_numpy(token_ids)
+        mask[row, : len(token_ids)] = 1
+        labels[row, : len(token_ids)][trained] = torch.from_numpy(token_ids[trained])
+    expected = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+    expected.backward()
+
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    reference = {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
+    assert gradients.keys() == reference.keys()
+    for name, gradient in reference.items():
+        assert np.abs(gradient).max() > 0, f"{name} gets no gradient, so its equality says nothing"
+        np.testing.assert_allclose(
+            gradients[name], gradient, rtol=1e-5, atol=1e-5 * np.abs(gradient).max(), err_msg=name
+        )
+
+
+def test_token_accuracy_is_that_of_a_slow_loop(world: World) -> None:
+    path = world.recipe("accuracy", train={"max_steps": 1})
+    launch(path, 2)
+    _, held_out = samples_of(load_recipe(path))
+    model = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32).eval()  # B is zero at step 0
+    correct = total = 0
+    with torch.no_grad():
+        for index in range(len(held_out)):
+            token_ids, trained = held_out.sample(index)
+            logits = model(input_ids=torch.from_numpy(token_ids)[None]).logits[0]
+            for position in range(1, len(token_ids)):
+                if trained[position]:
+                    total += 1
+                    correct += int(logits[position - 1].argmax()) == token_ids[position]
+    before = world.metrics("accuracy", "evaluation")[0]
+    assert (before["step"], before["num_correct"], before["num_tokens"]) == (0, correct, total)
