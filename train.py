@@ -34,7 +34,16 @@ from launch.checkpoint import Resumable
 from launch.config import Recipe, dump_recipe, intended_run_directory, parse_command_line
 from launch.data import Samples, prepare
 from launch.errors import LaunchError
-from launch.model import DTYPES, choose_template, load_base, load_tokenizer, resolve_base, serving_generation_config
+from launch.model import (
+    DTYPES,
+    check_adapter_fits,
+    choose_template,
+    fingerprint_base,
+    load_base,
+    load_tokenizer,
+    resolve_base,
+    serving_generation_config,
+)
 from launch.packing import batch_loss, choose_packing, collate, selects_logits
 from launch.report import RunLog, format_bytes, format_table
 from metrics.tokens import TokenCounts, counts_from_sums
@@ -66,12 +75,14 @@ def main(arguments: Sequence[str]) -> int:
         if not is_rank_zero:
             time.sleep(30)  # rank zero speaks; the launcher ends this rank when it has
             return 1
-        print(f"Refused: {error}", file=sys.stderr, flush=True)
-        runs.write_refusal(directory, str(error))
+        state: runs.State = "failed" if runs.read_status(directory).get("state") == "running" else "refused"
+        print(f"{state.capitalize()}: {error}", file=sys.stderr, flush=True)
+        runs.write_end(directory, state, str(error))
         return 1
     except Exception as error:
-        if is_rank_zero:
-            runs.write_status(directory, "failed", f"{type(error).__name__}: {error}")
+        if runs.read_status(directory).get("state") != "failed":  # the first rank to fail tells the cause
+            reason = f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}"
+            runs.write_status(directory, "failed", reason)
         raise
 
 
@@ -84,7 +95,7 @@ def train(recipe: Recipe) -> None:
     accelerator = engines.create_accelerator(recipe, precision)
 
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
-    found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_run(recipe))))
+    found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_run(recipe, precision))))
     tokenizer = load_tokenizer(found["base"], recipe.model)
     tokenizer.chat_template = choose_template(recipe.data.template, tokenizer).for_serving
     samples, held_out = (Samples.load(Path(path)) for path in found["samples"])
@@ -93,8 +104,9 @@ def train(recipe: Recipe) -> None:
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
     base = load_base(found["base"], recipe.model, precision)
     model = add_adapter(base, recipe.adapter, seed=recipe.train.seed, dtype=DTYPES[precision])
+    generation_config = serving_generation_config(base, samples.end_token_ids(tokenizer.all_special_ids))
     if recipe.run.merge:
-        merging.list_parts(model)  # refuses now what it could not merge at the end
+        merging.plan_merge(model)  # refuses now what it could not merge at the end
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = engines.start_engine(accelerator, model, recipe.train)
@@ -117,12 +129,12 @@ def train(recipe: Recipe) -> None:
     merged = recipe.run_directory / "merged"
     if accelerator.is_main_process:
         checkpoints.export_adapter(last, recipe.run_directory / "adapter")
-    if recipe.run.merge and not merged.exists():
+    if recipe.run.merge:
         merging.merge(
             engine,
             model,
             tokenizer,
-            serving_generation_config(base, samples.end_token_ids(tokenizer.all_special_ids)),
+            generation_config,
             merged,
             dtype_name=merging.choose_dtype(recipe.run.merge_dtype, precision),
             max_shard_size_bytes=recipe.run.max_shard_size_bytes,
@@ -152,10 +164,12 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, last_evaluation: i
         logging_steps=settings.logging_steps,
     )
 
+    held_out_batches = job.micro_batches(job.held_out, range(len(job.held_out)))
+
     def evaluate_if_due(done: int) -> None:
         is_due = done in (0, job.total_steps) or (settings.eval_steps and done % settings.eval_steps == 0)
         if is_due and done > last_evaluation:
-            log.evaluation(done, *evaluate(job))
+            log.evaluation(done, *evaluate(job, held_out_batches))
 
     preemption.remember_signals()
     evaluate_if_due(first_step)  # 0, or what the stop left out
@@ -189,6 +203,7 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, last_evaluation: i
             gradient_norm=gradient_norm,
             skipped_steps=skipped_steps,
             loss_scale=engines.loss_scale(engine),
+            is_last=is_last or stop,
         )
         if is_last or stop or done % settings.save_steps == 0:
             facts = {"step": done, "skipped_steps": skipped_steps, "identity": job.identity, "versions": versions()}
@@ -209,12 +224,12 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, last_evaluation: i
 
 
 @torch.no_grad()
-def evaluate(job: "Job") -> tuple[TokenCounts, float]:
+def evaluate(job: "Job", micro_batches: Sequence[batching.MicroBatch]) -> tuple[TokenCounts, float]:
     """(counts over the held-out samples, seconds); the counts are the same for any ranks and any packing."""
     start = time.monotonic()
     job.engine.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=job.accelerator.device)
-    for micro_batch in job.micro_batches(job.held_out, range(len(job.held_out))):
+    for micro_batch in micro_batches:
         sums += job.loss(job.held_out, micro_batch)[1]
     dist.all_reduce(sums)
     job.engine.train()
@@ -262,12 +277,22 @@ class Job:
         return loss_sum, sums, batch.input_ids.numel()
 
 
-def prepare_run(recipe: Recipe) -> dict[str, Any]:
+def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     """Rank zero's part before the others need anything: the base on disk, the samples, the checkpoint to resume."""
     directory = recipe.run_directory
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
+    check_adapter_fits(base, recipe)
     tokenizer = load_tokenizer(base, recipe.model)
     prepared = prepare(recipe, tokenizer, choose_template(recipe.data.template, tokenizer))
+    # Refused before anything of the run that is there is written over.
+    fingerprint = fingerprint_base(base, recipe.model)
+    digests = [part.sha256 for part in (prepared.train, prepared.evaluation)]
+    identity = checkpoints.identity_of_run(
+        recipe, precision=precision, base_fingerprint=fingerprint, data_sha256=digests
+    )
+    checkpoint = checkpoints.find_resumable(directory, say=print)
+    if checkpoint is not None:
+        checkpoints.check_same_run(checkpoint, identity)
     paths = [directory / "data" / f"{split}.safetensors" for split in ("train", "evaluation")]
     paths[0].parent.mkdir(exist_ok=True)
     for path, part in zip(paths, (prepared.train, prepared.evaluation), strict=True):
@@ -275,10 +300,6 @@ def prepare_run(recipe: Recipe) -> dict[str, Any]:
     runs.write_json(directory / "data_report.json", prepared.report)
     rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in prepared.quarantine)
     runs.write_text(directory / "quarantine.jsonl", "".join(rows))
-    identity = checkpoints.identity_of_run(recipe, paths)
-    checkpoint = checkpoints.find_resumable(directory, say=print)
-    if checkpoint is not None:
-        checkpoints.check_same_run(checkpoint, identity)
     metrics = runs.rewind_metrics(directory, checkpoint.step if checkpoint else -1)
     runs.write_text(directory / "recipe.yaml", dump_recipe(recipe))
     runs.write_json(directory / "environment.json", {"host": platform.node(), "versions": versions()})
@@ -315,7 +336,7 @@ def start_up_banner(job: Job, precision: str, packing: str, checkpoint: Resumabl
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
         ("a rank holds", f"{format_bytes(held['weights'])} of weights, {format_bytes(held['optimizer'])} of optimizer"),
     ]
-    return f"{format_table(rows)}\n"
+    return f"\n{format_table(rows)}\n"
 
 
 def closing_lines(recipe: Recipe) -> str:
@@ -324,7 +345,7 @@ def closing_lines(recipe: Recipe) -> str:
     rows = [("adapter", str(directory / "adapter")), ("metrics", str(directory / "metrics.jsonl"))]
     if recipe.run.merge:
         rows.insert(0, ("merged model", str(directory / "merged")))
-    return f"{format_table(rows)}\nA real model: {LAUNCH_COMMAND} {FLAGSHIP}"
+    return f"\n{format_table(rows)}\nA real model: {LAUNCH_COMMAND} {FLAGSHIP} data.train=ROWS.jsonl"
 
 
 def is_finished(recipe: Recipe) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from launch import preflight
-from launch.config import DEFAULT_RECIPE, Recipe, parse_command_line
+from launch.config import DEFAULT_RECIPE, TINY_MODEL_NAME, Recipe, parse_command_line
 from launch.errors import LaunchError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -34,16 +34,18 @@ def preview(
 
 def _check(recipe: Recipe) -> None:
     from launch.data import prepare
-    from launch.model import choose_template, recipe_tokenizer
+    from launch.model import check_adapter_fits, choose_template, recipe_tokenizer, resolve_base
 
     preflight.check(recipe)
+    if recipe.model.name_or_path != TINY_MODEL_NAME:
+        check_adapter_fits(resolve_base(recipe), recipe)
     tokenizer = recipe_tokenizer(recipe)
     report = prepare(recipe, tokenizer, choose_template(recipe.data.template, tokenizer)).report
     outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in report["outcomes"].items() if count)
     print(
         f"{recipe.run.name}: {report['rows']:,} rows: {outcomes}; {report['train']['trained_tokens']:,} trained tokens."
     )
-    print("Nothing here would be refused.")
+    print("The recipe, the base model's config, the adapter's targets and every row pass.")
 
 
 def _preview(recipe: Recipe, num_rows: int) -> None:
@@ -61,9 +63,9 @@ def _preview(recipe: Recipe, num_rows: int) -> None:
             continue
         rendered = render_chat(template, conversation.messages)
         token_ids, trained = tokenise([rendered], tokenizer)[0]
-        print(
-            f"── {conversation.row_id}: template {template.name}, {len(token_ids)} tokens, {int(trained.sum())} trained"
-        )
+        too_long = " - longer than data.max_length" if len(token_ids) > recipe.data.max_length else ""
+        counts = f"{len(token_ids)} tokens, {int(trained.sum())} trained{too_long}"
+        print(f"── {conversation.row_id}: template {template.name}, {counts}")
         offsets = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         print(_mark(rendered.text, [span for span, is_trained in zip(offsets, trained, strict=True) if is_trained]))
 

@@ -9,19 +9,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME
-from launch.config import Recipe
+from launch.config import Recipe, RunBlock
 from launch.errors import CheckpointError
 from launch.runs import write_json
 
@@ -30,18 +31,23 @@ _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = ".saving-"
 _DELETING = ".deleting-"
 
-# What may differ between the recipe of a checkpoint and the recipe that resumes it: none of it changes a result.
-FREE_TO_CHANGE = {
-    "train": {"logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_tokens_per_micro_batch", "packing"},
-    "run": {
-        "name",
-        "output_dir",
-        "report_to",
-        "merge",
-        "merge_dtype",
-        "max_shard_size_bytes",
-        "process_group_timeout_seconds",
+# What may differ between the recipe of a checkpoint and the recipe that resumes it: none of it changes a result, or
+# it is compared by content (rows, precision).
+FREE_TO_CHANGE: dict[str, set[str]] = {
+    "model": set(),
+    "data": {"train", "evaluation"},
+    "adapter": set(),
+    "train": {
+        "logging_steps",
+        "eval_steps",
+        "save_steps",
+        "save_total_limit",
+        "max_tokens_per_micro_batch",
+        "packing",
+        "precision",
+        "gradient_checkpointing",
     },
+    "run": set(RunBlock.model_fields),
 }
 
 
@@ -168,13 +174,19 @@ def find_resumable(run_directory: Path, say: Callable[[str], None]) -> Resumable
     candidates = _by_step(directory)
     for path in reversed(candidates):
         try:
-            verify(path)
-            return Resumable.read(path)
+            manifest = verify(path)
         except CheckpointError as error:
             aside = path.with_name(f"{path.name}.corrupt")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             say(f"{error} It is set aside as {aside.name}; the one before it is tried.")
+            continue
+        if manifest.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {manifest.get('format')}, and this version reads format {FORMAT}; resume it with "
+                "the version that wrote it."
+            )
+        return Resumable.read(path)
     if candidates or list(directory.glob("*.corrupt")):
         raise CheckpointError(
             f"Every checkpoint in {directory} is bad; restore one from a backup, or give the run another run.name to "
@@ -201,30 +213,48 @@ def restore(checkpoint: Resumable, engine: engines.Engine) -> None:
     engines.restore_scaler(engine, checkpoint.state["scaler"])
 
 
-def identity_of_run(recipe: Recipe, prepared_data: list[Path]) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that saved: the recipe's results and the prepared data."""
-    blocks = recipe.model_dump(mode="json")
-    for block, keys in FREE_TO_CHANGE.items():
-        blocks[block] = {key: value for key, value in blocks[block].items() if key not in keys}
-    return {"recipe": blocks, "data_sha256": [_identity(path)["sha256"] for path in prepared_data]}
+def identity_of_run(
+    recipe: Recipe, *, precision: str, base_fingerprint: str, data_sha256: Sequence[str]
+) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that saved."""
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "precision": precision,
+        "base": base_fingerprint,
+        "data_sha256": list(data_sha256),
+    }
 
 
 def check_same_run(checkpoint: Resumable, identity: Mapping[str, Any]) -> None:
     """Raises CheckpointError with the differences that would change the result."""
     saved = checkpoint.state["identity"]
     differences = [
-        f"{block}.{key} was {saved['recipe'].get(block, {}).get(key)!r} and is {value!r}"
+        f"{block}.{key} was {before!r} and is {value!r}"
         for block, values in identity["recipe"].items()
         for key, value in values.items()
-        if saved["recipe"].get(block, {}).get(key) != value
+        if key not in FREE_TO_CHANGE[block] and (before := _saved_value(saved["recipe"], block, key)) != value
     ]
+    if saved["precision"] != identity["precision"]:
+        was, now = saved["precision"], identity["precision"]
+        differences.append(f"the precision was {was} and is {now} (train.precision={was} keeps it)")
+    if saved["base"] != identity["base"]:
+        differences.append("the files of the base model are not the same")
     if not differences and saved["data_sha256"] != identity["data_sha256"]:
-        differences = ["the prepared rows are not the same (the data file, the template or the tokenizer changed)"]
+        differences.append("the prepared rows are not the same (the data file, the template or the tokenizer changed)")
     if differences:
         raise CheckpointError(
             f"{checkpoint.path} belongs to another run: {'; '.join(differences)}; restore that, or give this one "
             "another run.name."
         )
+
+
+def _saved_value(recipe: Mapping[str, Any], block: str, key: str) -> Any:
+    """What a saved recipe has, or the default of a key that was added to the project since."""
+    if key in recipe.get(block, {}):
+        return recipe[block][key]
+    owner = Recipe.model_fields[block].annotation
+    assert isinstance(owner, type) and issubclass(owner, BaseModel)
+    return owner.model_fields[key].get_default(call_default_factory=False)
 
 
 def _by_step(directory: Path) -> list[Path]:

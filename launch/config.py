@@ -158,6 +158,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"The recipe {path} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"The recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+    if isinstance(tree, dict):
+        tree = {name: {} if block is None else block for name, block in tree.items()}
     if not isinstance(tree, dict) or not all(isinstance(block, dict) for block in tree.values()):
         raise ConfigError(f"The recipe {path} must hold blocks of keys; the blocks are {_choices(Recipe)}.")
     for override in overrides:

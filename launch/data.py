@@ -1,5 +1,6 @@
 """Conversations -> samples: text is rendered once, tokenised once, and every row has one outcome in the ledger."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from launch.config import Recipe
-from launch.errors import DataError
+from launch.errors import DataError, TemplateError
 from launch.formats import Conversation, read_conversations
 from launch.templates import ChatTemplate, Rendered, render_chat
 
@@ -46,6 +47,14 @@ class Samples:
         part = slice(self.offsets[index], self.offsets[index + 1])
         return self.token_ids[part], self.is_trained[part]
 
+    @property
+    def sha256(self) -> str:
+        """Of the tokens, the masks and where samples begin."""
+        digest = hashlib.sha256()
+        for array in (self.token_ids, self.is_trained, self.offsets):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
     def end_token_ids(self, special_ids: Sequence[int]) -> list[int]:
         """The special tokens that end a trained answer; generation stops at them."""
         is_end = self.is_trained & ~np.append(self.is_trained[1:], False)
@@ -69,7 +78,6 @@ class Prepared:
     evaluation: Samples
     report: dict[str, Any]  # data_report.json
     quarantine: list[dict[str, Any]]  # the rows that were dropped, each with its reason
-    evaluation_conversations: list[Conversation]
 
 
 def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> Prepared:
@@ -100,8 +108,7 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, template: ChatTe
     quarantine = [
         {"row_id": row.conversation.row_id, "reason": row.outcome, "row": dict(row.conversation.row)} for row in dropped
     ]
-    conversations = [row.conversation for row in kept["evaluation"]]
-    return Prepared(samples["train"], samples["evaluation"], report, quarantine, conversations)
+    return Prepared(samples["train"], samples["evaluation"], report, quarantine)
 
 
 def tokenise(
@@ -142,12 +149,19 @@ def _tokenise_source(
     for first in range(0, len(conversations), _ROWS_PER_BATCH):
         batch = conversations[first : first + _ROWS_PER_BATCH]
         whole = [c for c in batch if c.dropped is None]
-        tokens = iter(tokenise([render_chat(template, c.messages) for c in whole], tokenizer) if whole else ())
+        tokens = iter(tokenise([_render(template, c) for c in whole], tokenizer) if whole else ())
         for conversation in batch:
             ids, trained = _NO_TOKENS if conversation.dropped else next(tokens)
             outcome = conversation.dropped or _outcome(conversation, ids, trained, recipe)
             rows.append(_Row(conversation, outcome, ids, trained))
     return rows
+
+
+def _render(template: ChatTemplate, conversation: Conversation) -> Rendered:
+    try:
+        return render_chat(template, conversation.messages)
+    except TemplateError as error:
+        raise TemplateError(f"{conversation.row_id}: {error}") from None
 
 
 def _outcome(

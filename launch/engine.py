@@ -1,7 +1,7 @@
 """All that knows DeepSpeed's inside: set-up, the accumulation boundary, whole states in and out, the loss scaler.
 
 Facts about DeepSpeed 0.19 that the functions rest on are told where they are used; the exact pins are in
-requirements.txt, and tests/test_engine.py fails when one of them no longer holds.
+requirements.txt, and tests/test_step.py and tests/test_resume.py fail when one of them no longer holds.
 """
 
 import logging
@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 from accelerate import Accelerator, InitProcessGroupKwargs  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler  # noqa: E402
 from deepspeed.utils import (  # noqa: E402
     safe_get_full_fp32_param,
@@ -46,13 +47,17 @@ def quiet_libraries() -> None:
     """Progress bars, notices and deprecations of the libraries are not news to the user; their errors still are."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers|peft")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 
 def choose_precision(wanted: str) -> tuple[str, str]:
-    """(fp16 | bf16 | fp32, why). `auto` takes what the hardware is good at."""
+    """(fp16 | bf16 | fp32, why). `auto` takes what the hardware is good at; PreflightError for what it cannot do."""
     if wanted != "auto":
+        supported = {"fp16": get_accelerator().is_fp16_supported, "bf16": get_accelerator().is_bf16_supported}
+        if wanted != "fp32" and not supported[wanted]():
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+            raise PreflightError(f"train.precision = {wanted}, which {device} does not do; leave it at auto.")
         return wanted, "the recipe says so"
     if not torch.cuda.is_available():
         return "fp32", "there is no GPU"
@@ -136,6 +141,11 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
         fused=True,
     )
     engine = accelerator.prepare(model, optimizer)[0]
+    if engine.zero_optimization_stage() < 3 and not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
+        raise PreflightError(
+            f"ZeRO-{engine.zero_optimization_stage()} is run by DeepSpeed's {type(engine.optimizer).__name__} here, "
+            "whose state cannot be saved for another number of ranks; set stage 2 or 3 in the DeepSpeed JSON."
+        )
     engine.train()  # from_pretrained leaves the model in eval mode, without dropout and gradient checkpointing
     for group in _flat_groups(engine):
         state = engine.optimizer.optimizer.state[group]
@@ -239,7 +249,7 @@ def scaler_state(engine: Engine) -> dict[str, float | int]:
 
 
 def restore_scaler(engine: Engine, state: dict[str, float | int]) -> None:
-    """The inverse of `scaler_state`."""
+    """The inverse of `scaler_state`. The precision of a run does not change (checkpoint.check_same_run)."""
     for field, value in state.items():
         if field not in _SCALER_FIELDS:
             raise CheckpointError(f"The checkpoint's loss scaler has a field {field!r} that is not known.")

@@ -12,13 +12,6 @@ from launch.templates import Message, load_prompt_template, render_prompt
 
 Row = Mapping[str, Any]
 
-# The columns that tell a format, in the order in which they are tried.
-COLUMNS_OF_FORMAT = {
-    "messages": ("messages",),
-    "alpaca": ("instruction", "output"),
-    "question_answer": ("input", "output"),
-}
-
 
 @dataclass(frozen=True)
 class Conversation:
@@ -43,10 +36,10 @@ def read_conversations(source: str, data: DataBlock) -> list[Conversation]:
         if row_format == "messages":
             messages = _from_messages(row_id, row)
         elif row_format == "question_answer":
-            messages = _turns(row_id, row.get("instruction"), _text(row_id, row, "input"), row, data.answer_column)
+            messages = _turns(row_id, "instruction", _text(row_id, row, "input"), row, data.answer_column)
         else:
             prompt = render_prompt(prompt_name, prompt_source, row, row_id)
-            messages = _turns(row_id, row.get("system"), prompt, row, data.answer_column)
+            messages = _turns(row_id, "system", prompt, row, data.answer_column)
         if data.system is not None and messages and messages[0]["role"] != "system":
             messages = [Message(role="system", content=data.system), *messages]
         conversations.append(Conversation(row_id, row, tuple(messages), _reason_to_drop(messages)))
@@ -112,18 +105,24 @@ def _format_of(first: tuple[str, Row], data: DataBlock) -> str:
     row_id, row = first
     if data.prompt_template is not None:
         return "prompt"
+    # The columns that tell a format, in the order in which they are tried.
+    columns_of_format = {
+        "messages": ("messages",),
+        "alpaca": ("instruction", data.answer_column),
+        "question_answer": ("input", data.answer_column),
+    }
     if data.format != "auto":
-        missing = [column for column in COLUMNS_OF_FORMAT[data.format] if column not in row]
+        missing = [column for column in columns_of_format[data.format] if column not in row]
         if missing:
             raise DataError(
                 f"{row_id}: data.format is {data.format}, but the row has no column {missing[0]!r}; "
                 f"it has {', '.join(row)}."
             )
         return data.format
-    for name, columns in COLUMNS_OF_FORMAT.items():
+    for name, columns in columns_of_format.items():
         if all(column in row for column in columns):
             return name
-    known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in COLUMNS_OF_FORMAT.items())
+    known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in columns_of_format.items())
     raise DataError(f"{row_id}: the columns {', '.join(row)} fit no known format ({known}); name data.prompt_template.")
 
 
@@ -146,8 +145,9 @@ def _from_messages(row_id: str, row: Row) -> list[Message]:
     return messages
 
 
-def _turns(row_id: str, system: object, question: str, row: Row, answer_column: str) -> list[Message]:
-    messages = [Message(role="system", content=str(system))] if system else []
+def _turns(row_id: str, system_column: str, question: str, row: Row, answer_column: str) -> list[Message]:
+    system = _text(row_id, row, system_column) if system_column in row else ""
+    messages = [Message(role="system", content=system)] if system else []
     messages.append(Message(role="user", content=question))
     messages.append(Message(role="assistant", content=_text(row_id, row, answer_column)))
     return messages
@@ -169,6 +169,10 @@ def _reason_to_drop(messages: list[Message]) -> str | None:
         return "no user turn"
     if turns != ["user", "assistant"] * (len(turns) // 2):
         return "bad role order"
+    try:
+        "".join(message["content"] for message in messages).encode()
+    except UnicodeEncodeError:
+        return "not valid Unicode"
     if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):
         return "empty answer"
     return None

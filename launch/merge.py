@@ -41,10 +41,10 @@ def choose_dtype(wanted: str, precision: str) -> str:
     return wanted if wanted != "auto" else {"bf16": "bfloat16"}.get(precision, "float16")
 
 
-def list_parts(model: PeftModel) -> tuple[list[Part], bool]:
+def plan_merge(model: PeftModel) -> tuple[list[Part], bool]:
     """(the tensors of the merged model in order, whether input and output embeddings are still one tensor).
 
-    Raises MergeError for a kind of adapter layer that this merge does not know.
+    Raises MergeError for a kind of adapter layer that this merge does not know, or a trained tensor left over.
     """
     base = model.get_base_model()
     modules = dict(base.named_modules())
@@ -77,6 +77,7 @@ def list_parts(model: PeftModel) -> tuple[list[Part], bool]:
             continue
         name_of[id(tensor)] = name
         parts.append(Part(name, tensor, lora=lora))
+    _check_all_used(model, parts)
     return parts, tied
 
 
@@ -93,10 +94,9 @@ def merge(
 ) -> None:
     """Merge the live model into `target`, which appears whole or not at all. A collective; rank zero writes.
 
-    Raises MergeError when an adapter tensor is left over or a merged tensor is not finite in the output type.
+    Raises MergeError when a merged tensor is not finite in the output type.
     """
-    parts, tied = list_parts(model)
-    _check_all_used(model, parts)
+    parts, tied = plan_merge(model)
     merged = _merged_tensors(parts, DTYPES[dtype_name])
     if torch.distributed.get_rank() != 0:
         for _ in merged:  # takes part in the gathering

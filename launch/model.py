@@ -1,9 +1,12 @@
 """The tokenizer and the base model, by hub id, by local path, or built on the spot."""
 
+import hashlib
 from pathlib import Path
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -11,28 +14,31 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from launch.adapter import check_targets
 from launch.config import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.errors import ModelError, TemplateError
-from launch.templates import ChatTemplate, load_chat_template
+from launch.templates import ChatTemplate, load_chat_template, marks_answers
+from launch.tiny import build_tiny_base, build_tiny_tokenizer
 
+TINY_ROWS = Path("configs/data/tiny_chat.jsonl")
+_FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK_BYTES = 64, 65536
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_base(recipe: Recipe, *, show_progress: bool = False) -> str:
     """What `from_pretrained` is given: the recipe's name or path, or where the tiny model was built."""
     if recipe.model.name_or_path != TINY_MODEL_NAME:
-        return recipe.model.name_or_path
-    from launch.tiny import build_tiny_base
-
+        path = Path(recipe.model.name_or_path).expanduser()
+        return str(path) if path.is_dir() else recipe.model.name_or_path
     directory = Path(recipe.run.output_dir) / "base-models" / TINY_MODEL_NAME
-    return str(build_tiny_base(directory, Path(recipe.data.train), show_progress=show_progress))
+    return str(build_tiny_base(directory, TINY_ROWS, show_progress=show_progress))
 
 
 def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer that a run of this recipe would use, without building the tiny base for it."""
     if recipe.model.name_or_path == TINY_MODEL_NAME:
         return build_tiny_tokenizer(TINY_ROWS)
-    return load_tokenizer(recipe.model.name_or_path, recipe.model)
+    return load_tokenizer(resolve_base(recipe), recipe.model)
 
 
 def load_tokenizer(base: str, model: ModelBlock) -> PreTrainedTokenizerBase:
@@ -58,7 +64,7 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
         template = load_chat_template(name)
         return ChatTemplate(name, template.source, **tokens)
     source = tokenizer.chat_template
-    if not isinstance(source, str) or "generation" not in source:
+    if not isinstance(source, str) or not marks_answers(source):
         raise TemplateError(
             "data.template is tokenizer, but the model's own chat template does not mark its answers with "
             "{% generation %}; name one of templates/chat instead."
@@ -66,11 +72,44 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
     return ChatTemplate(name, source, **tokens)
 
 
+def fingerprint_base(base: str, model: ModelBlock) -> str:
+    """Tells two bases under one name apart: the hub's commit, or a digest of config.json and samples of the weights."""
+    directory = Path(base)
+    if not directory.is_dir():
+        config = AutoConfig.from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code)
+        return f"commit {config._commit_hash}"
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.name} {size_bytes}".encode())
+        with path.open("rb") as file:
+            for block in range(_FINGERPRINT_BLOCKS):  # the header is in the first one
+                file.seek(block * size_bytes // _FINGERPRINT_BLOCKS)
+                digest.update(file.read(_FINGERPRINT_BLOCK_BYTES))
+    return f"sha256 {digest.hexdigest()}"
+
+
+def check_adapter_fits(base: str, recipe: Recipe) -> None:
+    """Find a misspelt target before the weights are read, on a model without weights.
+
+    Skipped for remote code, whose modules are only known once it runs; `add_adapter` checks again in any case.
+    """
+    if recipe.model.trust_remote_code:
+        return
+    config = AutoConfig.from_pretrained(base, revision=recipe.model.revision)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{base} is a {type(config).__name__}, for which transformers has no causal language model.")
+    with torch.device("meta"):  # the class itself: from_config would partition it under ZeRO-3
+        skeleton = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    check_targets(skeleton, recipe.adapter)
+
+
 def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
     """The frozen base model in the run's precision; under ZeRO-3 each rank holds its share only (zero.Init)."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded, found = AutoModelForCausalLM.from_pretrained(
             base,
+            output_loading_info=True,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             dtype=DTYPES[precision],
@@ -78,6 +117,13 @@ def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The base model {base} cannot be loaded: {_first_line(error)}") from None
+    for fault in ("missing_keys", "mismatched_keys"):
+        if found[fault]:
+            name = sorted(map(str, found[fault]))[0]
+            raise ModelError(
+                f"The weights of {base} are not whole: {name} is {fault.removesuffix('_keys')} "
+                f"({len(found[fault])} such tensors); transformers would fill them with random numbers."
+            )
     assert isinstance(loaded, PreTrainedModel)
     return loaded
 
@@ -88,6 +134,10 @@ def serving_generation_config(model: PreTrainedModel, end_token_ids: list[int]) 
         GenerationConfig.from_dict(model.generation_config.to_dict()) if model.generation_config else GenerationConfig()
     )
     stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    # Sampling settings without sampling are an error on saving; transformers' own advice is to switch it on.
+    config.do_sample = config.do_sample or any(
+        getattr(config, name) not in (None, neutral) for name, neutral in (("temperature", 1.0), ("top_p", 1.0))
+    )
     config.eos_token_id = sorted({*end_token_ids, *(stop for stop in stops if stop is not None)})
     return config
 

@@ -1,6 +1,7 @@
 """Samples -> tensors -> the loss of a micro-batch, packed or padded, with logits at the predicting positions only."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ def choose_packing(
     if not _accepts(base, "position_ids", "logits_to_keep"):
         return False, f"padded: {type(base).__name__} takes no position_ids or logits_to_keep"
     engine.eval()
-    leak = torch.tensor(leak_between_samples(engine, samples, device), device=device)
+    leak = torch.tensor(leak_between_samples(engine, samples, device), device=device).nan_to_num(nan=math.inf)
     engine.train()
     torch.distributed.all_reduce(leak, torch.distributed.ReduceOp.MAX)
     tolerance = LEAK_TOLERANCE[next(base.parameters()).dtype]

@@ -43,7 +43,7 @@ def check_model(model: ModelBlock) -> None:
         if not (path / "config.json").is_file():
             raise ModelError(f"model.name_or_path = {name} is a directory without a config.json.")
         return
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"model.name_or_path = {name} does not exist; give a directory, a hub id (owner/name) or {TINY_MODEL_NAME}."
         )

@@ -87,12 +87,13 @@ class RunLog:
         gradient_norm: float,
         skipped_steps: int,
         loss_scale: float | None,
+        is_last: bool,
     ) -> None:
         """Add a step: [loss sum, correct, tokens, cells] over all ranks, and its tokens without padding."""
         self._bar.update()
         self._sums += torch.tensor(sums, dtype=torch.float64)
         self._num_tokens += num_tokens
-        if done % self.logging_steps and done != self.total_steps:
+        if done % self.logging_steps and not is_last:
             return
         loss_sum, correct, trained, cells = self._sums.tolist()
         counts = TokenCounts(loss_sum, int(correct), int(trained))

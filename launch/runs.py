@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -34,8 +35,9 @@ def open_run(directory: Path) -> IO[str]:
 
 def write_text(path: Path, text: str) -> None:
     """Write through a temporary file and a rename, on disk before the rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A lone surrogate in somebody's row becomes its JSON escape.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -52,11 +54,11 @@ def write_status(directory: Path, state: State, reason: str, **facts: Any) -> No
     write_json(directory / "status.json", {"state": state, "reason": reason, "unix_seconds": time.time(), **facts})
 
 
-def write_refusal(directory: Path, reason: str) -> None:
-    """A refused start leaves its sentence, too, unless the directory itself is what cannot be written or is in use."""
+def write_end(directory: Path, state: State, reason: str) -> None:
+    """The status of a start that came to nothing, unless the directory cannot be written or is another job's."""
     try:
         with open_run(directory):
-            write_status(directory, "refused", reason)
+            write_status(directory, state, reason)
     except PreflightError:
         return
 
@@ -71,7 +73,10 @@ def read_status(directory: Path) -> dict[str, Any]:
 
 
 def append_metrics(directory: Path, record: Mapping[str, Any]) -> None:
-    """One line of metrics.jsonl."""
+    """One line of metrics.jsonl; NaN and infinity, which JSON has not, are null."""
+    record = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
     with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 

@@ -53,14 +53,21 @@ class ChatTemplate:
 
     @property
     def for_serving(self) -> str:
-        """The source without the generation tags, which not every serving tool knows; it renders the same text."""
-        return re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", self.source)
+        """The source with `if true` for the generation tags, which not every serving tool knows: the same text."""
+        tag = r"(\{%%[-+]?\s*)%s(\s*[-+]?%%\})"
+        opened = re.sub(tag % "generation", r"\1if true\2", self.source)
+        return re.sub(tag % "endgeneration", r"\1endif\2", opened)
+
+
+def marks_answers(source: str) -> bool:
+    """Whether a chat template says what is trained."""
+    return re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
 
 def load_chat_template(name: str) -> ChatTemplate:
     """Read `templates/chat/<name>.jinja`. Raises TemplateError when it is missing or marks nothing as trained."""
     source = _read(name, "chat")
-    if "generation" not in source:
+    if not marks_answers(source):
         raise TemplateError(
             f"templates/chat/{name}.jinja marks no answer with {{% generation %}} ... {{% endgeneration %}}."
         )
@@ -72,7 +79,7 @@ def render_chat(
 ) -> Rendered:
     """Render a whole conversation once. Raises TemplateError with the template's own reason."""
     try:
-        marked = _compile(template.source).render(
+        marked = _compile(template.source, jinja2.Undefined).render(
             messages=messages,
             add_generation_prompt=add_generation_prompt,
             bos_token=template.bos_token,
@@ -102,7 +109,8 @@ def load_prompt_template(name: str) -> str:
 def render_prompt(name: str, source: str, row: Mapping[str, Any], row_id: str) -> str:
     """The user turn of one row. Raises DataError when the template names a column that the row has not."""
     try:
-        return _compile(source).render(row)
+        given = {column: value for column, value in row.items() if value is not None}  # null is not a word
+        return _compile(source, jinja2.StrictUndefined).render(given)
     except jinja2.UndefinedError as error:
         columns = ", ".join(row)
         raise DataError(
@@ -139,10 +147,10 @@ def _raise(message: str) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(source: str) -> jinja2.Template:
+def _compile(source: str, undefined: type[jinja2.Undefined]) -> jinja2.Template:
     # The options are those of transformers' own chat templates, so that the same source gives the same text there.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, extensions=[_Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, undefined=undefined, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = _raise

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from launch import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+RANK_TIMEOUT_SECONDS = 300
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 
 
@@ -156,9 +158,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def deepspeed_json(directory: Path, stage: int = 3, **fp16: Any) -> Path:
-    """The shipped DeepSpeed configuration at another ZeRO stage, or with other fp16 settings."""
+    """The shipped DeepSpeed configuration at another ZeRO stage, or with other fp16 settings.
+
+    Nothing is too small to be partitioned: at the shipped threshold, every tensor of a tiny model would stay whole.
+    """
     settings = json.loads((ROOT / "configs/deepspeed/zero3_offload.json").read_text(encoding="utf-8"))
-    settings["zero_optimization"]["stage"] = stage
+    settings["zero_optimization"] |= {"stage": stage, "stage3_param_persistence_threshold": 0}
     if stage < 3:
         del settings["zero_optimization"]["offload_param"]
     settings["fp16"] |= fp16
@@ -174,7 +179,7 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = deepspeed or ROOT / "configs/deepspeed/zero3_offload.json"
+    config = deepspeed or deepspeed_json(Path(tempfile.mkdtemp()))
     context = multiprocessing.get_context("fork")
     children = []
     for rank in range(num_ranks):
@@ -196,10 +201,13 @@ def run_ranks(
         children.append((child, receiver))
     results = []
     for child, receiver in children:
-        try:
-            succeeded, result = receiver.recv()
-        except EOFError:
-            succeeded, result = False, f"a rank ended with exit code {child.exitcode} and no result"
+        succeeded, result = False, "a rank ended without a result, or hung"
+        if receiver.poll(RANK_TIMEOUT_SECONDS):
+            try:
+                succeeded, result = receiver.recv()
+            except EOFError:
+                child.join(5)
+                result = f"a rank ended with exit code {child.exitcode} and no result"
         if not succeeded:
             for other, _ in children:
                 other.kill()

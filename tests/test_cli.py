@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, World, launch, run_ranks
+from typer.testing import CliRunner
 
 import train
 from launch import runs
+from launch.__main__ import app
 from launch.engine import check_process_count
 from launch.errors import PreflightError
 
 
 def python_m_launch(*arguments: str | Path) -> tuple[int, str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    return done.exit_code, done.stdout, done.stderr
 
 
 def test_preview_marks_what_is_trained(world: World) -> None:
@@ -32,7 +32,10 @@ def test_preview_marks_what_is_trained(world: World) -> None:
 
 def test_check_says_what_a_run_would_find(world: World) -> None:
     code, out, _ = python_m_launch("check", world.recipe("check"))
-    assert (code, out.splitlines()[-1]) == (0, "Nothing here would be refused.")
+    assert (code, out.splitlines()[-1]) == (
+        0,
+        "The recipe, the base model's config, the adapter's targets and every row pass.",
+    )
     assert "50 rows: 40 trained, 10 evaluated" in out
 
 
@@ -45,6 +48,8 @@ BAD = [
     ("data.template=lama2", "There is no chat template 'lama2'; the valid names are"),
     ("model.name_or_path=./nowhere", "model.name_or_path = ./nowhere does not exist"),
     ("run.report_to=[paper]", "'paper' is not a tracker"),
+    ("adapter.target_modules=[q_proj,v_porj]", "no module of the model is named 'v_porj'; did you mean v_proj?"),
+    ("data.template=tokenizer", "does not mark its answers with {% generation %}"),
 ]
 
 

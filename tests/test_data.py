@@ -31,7 +31,7 @@ def recipe(train: Path | str, **data: Any) -> Recipe:
 
 
 def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -73,6 +73,19 @@ def test_a_prompt_template_turns_any_row_into_the_user_turn(tmp_path: Path) -> N
         DataError, match=r"b\.jsonl:1: templates/prompt/alpaca\.jinja names a missing column: 'instruction'"
     ):
         first_messages(path, prompt_template="alpaca")
+
+
+def test_null_is_not_a_word(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"instruction": "Sum", "input": None, "output": "3", "system": None}])
+    assert first_messages(path) == [("user", "Sum"), ("assistant", "3")]
+    path = write(tmp_path / "b.jsonl", [{"instruction": None, "input": "x", "output": "3"}])
+    with pytest.raises(DataError, match=r"names a missing column: 'instruction'"):
+        first_messages(path)
+
+
+def test_the_answer_may_stand_in_another_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"instruction": "Sum", "input": "1 2", "answer": "3"}])
+    assert first_messages(path, answer_column="answer")[1] == ("assistant", "3")
 
 
 GOOD = {"input": "a", "output": "b"}
@@ -128,6 +141,7 @@ def test_every_row_has_one_outcome(tmp_path: Path) -> None:
         chat("user", "assistant", "user"),
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n "}]},
         {"messages": [{"role": "user", "content": "cairn " * 90}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]},
     ]
     prepared = prepare(recipe(write(tmp_path / "a.jsonl", rows), test_size=3, max_length=64), TOKENIZER, CHATML)
     assert prepared.report["outcomes"] == {
@@ -137,9 +151,10 @@ def test_every_row_has_one_outcome(tmp_path: Path) -> None:
         "no user turn": 1,
         "empty answer": 1,
         "too long": 1,
+        "not valid Unicode": 1,
     }
     assert prepared.report["rows"] == len(rows)
-    assert len(prepared.train), len(prepared.evaluation) == (8, 3)
+    assert (len(prepared.train), len(prepared.evaluation)) == (8, 3)
     dropped = {row["row_id"]: row["reason"] for row in prepared.quarantine}
     assert dropped == {
         "a.jsonl:12": "bad role order",
@@ -147,6 +162,7 @@ def test_every_row_has_one_outcome(tmp_path: Path) -> None:
         "a.jsonl:14": "bad role order",
         "a.jsonl:15": "empty answer",
         "a.jsonl:16": "too long",
+        "a.jsonl:17": "not valid Unicode",
     }
     with pytest.raises(DataError, match=r"a\.jsonl:16 has \d+ tokens, more than data\.max_length = 64"):
         prepare(recipe(tmp_path / "a.jsonl", max_length=64, overlong="error"), TOKENIZER, CHATML)

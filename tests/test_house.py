@@ -26,6 +26,7 @@ LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.s
 WITHIN_A_LAYER = {
     ("launch.formats", "launch.templates"),
     ("launch.model", "launch.tiny"),
+    ("launch.model", "launch.adapter"),
     ("launch.packing", "launch.data"),
     ("launch.merge", "launch.checkpoint"),
 }

@@ -10,11 +10,13 @@ import torch.distributed as dist
 from conftest import World, launch, run_ranks
 from deepspeed.utils import safe_get_full_grad
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from launch import batching
 from launch import engine as engines
 from launch.adapter import add_adapter
+from launch.checkpoint import path_of_step
 from launch.config import Recipe, load_recipe
 from launch.data import Samples, prepare
 from launch.model import choose_template, load_base
@@ -66,32 +68,79 @@ def our_step(recipe_path: Path) -> tuple[float, dict[str, Any]]:
 def test_loss_and_gradients_are_those_of_transformers_and_peft(world: World, num_ranks: int) -> None:
     path = world.recipe("one-step", adapter=ADAPTER, train={"max_tokens_per_micro_batch": 128})
     loss, gradients = run_ranks(num_ranks, our_step, path)[0]
-
-    recipe = load_recipe(path)
-    samples, _ = samples_of(recipe)
-    base = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
-    torch.manual_seed(recipe.train.seed)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, lora_dropout=0.0, **ADAPTER))
-    perturb(model)
-    rows = [samples.sample(i) for i in batching.step_samples(0, len(samples), 8, 10_000, recipe.train.seed)]
-    longest = max(len(token_ids) for token_ids, _ in rows)
-    input_ids, labels = torch.zeros(8, longest, dtype=torch.int64), torch.full((8, longest), -100)
-    mask = torch.zeros(8, longest, dtype=torch.int64)
-    for row, (token_ids, trained) in enumerate(rows):
-        input_ids[row, : len(token_ids)] = torch.from_numpy(token_ids)
-        mask[row, : len(token_ids)] = 1
-        labels[row, : len(token_ids)][trained] = torch.from_numpy(token_ids[trained])
-    expected = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
-    expected.backward()
-
-    assert loss == pytest.approx(float(expected), rel=1e-5)
-    reference = {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
+    expected, reference = run_ranks(1, their_step, path)[0]
+    assert loss == pytest.approx(expected, rel=1e-5)
     assert gradients.keys() == reference.keys()
     for name, gradient in reference.items():
         assert np.abs(gradient).max() > 0, f"{name} gets no gradient, so its equality says nothing"
         np.testing.assert_allclose(
             gradients[name], gradient, rtol=1e-5, atol=1e-5 * np.abs(gradient).max(), err_msg=name
         )
+
+
+def their_model(recipe: Recipe) -> torch.nn.Module:
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.float32)
+    torch.manual_seed(recipe.train.seed)
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, lora_dropout=0.0, **ADAPTER))
+
+
+def their_loss(model: torch.nn.Module, samples: Samples, ids: list[int]) -> torch.Tensor:
+    """Hugging Face's own loss on padded rows."""
+    rows = [samples.sample(index) for index in ids]
+    longest = max(len(token_ids) for token_ids, _ in rows)
+    input_ids, labels = torch.zeros(len(ids), longest, dtype=torch.int64), torch.full((len(ids), longest), -100)
+    mask = torch.zeros(len(ids), longest, dtype=torch.int64)
+    for row, (token_ids, trained) in enumerate(rows):
+        input_ids[row, : len(token_ids)] = torch.from_numpy(token_ids)
+        mask[row, : len(token_ids)] = 1
+        labels[row, : len(token_ids)][trained] = torch.from_numpy(token_ids[trained])
+    loss: torch.Tensor = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+    return loss
+
+
+def their_step(path: Path) -> tuple[float, dict[str, Any]]:
+    """Loss and gradients of step 0 by transformers and peft alone; in a child, since autograd's threads do not fork."""
+    recipe = load_recipe(path)
+    samples, _ = samples_of(recipe)
+    model = their_model(recipe)
+    perturb(model)
+    loss = their_loss(model, samples, batching.step_samples(0, len(samples), 8, 10_000, recipe.train.seed))
+    loss.backward()
+    return float(loss.detach()), {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def their_run(path: Path) -> tuple[dict[str, Any], list[float]]:
+    """Weights and gradient norms of a whole run by torch's AdamW, clipping and transformers' schedule."""
+    recipe = load_recipe(path)
+    settings = recipe.train
+    samples, _ = samples_of(recipe)
+    model = their_model(recipe)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.max_steps)
+    norms = []
+    for step in range(settings.max_steps):
+        loss = their_loss(model, samples, batching.step_samples(step, len(samples), 8, 10_000, settings.seed))
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}, norms
+
+
+def test_whole_runs_end_with_the_same_weights(world: World) -> None:
+    """Clipping bites in every step, weight decay is on, and the learning rate warms up and decays."""
+    settings = {"max_steps": 6, "max_grad_norm": 0.3, "weight_decay": 0.1, "warmup_steps": 2}
+    path = world.recipe("six-steps", adapter=ADAPTER, train=settings)
+    launch(path, 2)
+    expected, norms = run_ranks(1, their_run, path)[0]
+    assert min(norms) > 0.3
+    assert [r["gradient_norm"] for r in world.metrics("six-steps", "train")] == pytest.approx(norms, rel=1e-4)
+    found = load_file(path_of_step(world.run_directory("six-steps"), 6) / "optimizer.safetensors")
+    for name, weights in expected.items():
+        difference = np.abs(found[f"{name}.master"] - weights).max() / np.abs(weights).max()
+        assert difference < 1e-4, f"{name} differs by {difference:.1e}"
 
 
 def test_token_accuracy_is_that_of_a_slow_loop(world: World) -> None:

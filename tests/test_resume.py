@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def largest_difference(world: World, one: str, other: str) -> float:
     )
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_stopped_and_resumed_is_bitwise_straight_with_dropout(world: World, stage: int) -> None:
     config = deepspeed_json(world.directory, stage)
     blocks: dict[str, Any] = {"train": SETTINGS, "adapter": {"lora_dropout": 0.1, "modules_to_save": ["lm_head"]}}
@@ -71,6 +72,7 @@ def test_stopped_and_resumed_is_bitwise_straight_with_dropout(world: World, stag
         assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in theirs]
 
 
+@pytest.mark.slow
 def test_four_then_two_then_three_ranks(world: World) -> None:
     launch(world.recipe("four", train=SETTINGS), 4)
     recipe = str(world.recipe("elastic", train=SETTINGS))
@@ -80,6 +82,7 @@ def test_four_then_two_then_three_ranks(world: World) -> None:
     assert 0 < largest_difference(world, "four", "elastic") < 1e-5
 
 
+@pytest.mark.slow
 def test_zero2_resumes_what_zero3_saved(world: World) -> None:
     launch(world.recipe("zero3", train=SETTINGS), 2)
     recipe = str(world.recipe("zero3-then-2", train=SETTINGS))
@@ -113,6 +116,21 @@ def test_fp16_overflow_skips_alike_and_resume_keeps_the_scaler(world: World) -> 
     assert largest_difference(world, "fp16", "fp16-stopped") == 0
 
 
+@pytest.mark.slow
+def test_bf16_stopped_and_resumed_is_bitwise_straight_and_merges(world: World) -> None:
+    blocks: dict[str, Any] = {"train": {**SETTINGS, "precision": "bf16"}, "run": {"merge": True}}
+    launch(world.recipe("bf16", **blocks), 2)
+    recipe = str(world.recipe("bf16-stopped", **blocks))
+    run_ranks(2, stop_at, 4, [recipe])
+    launch(Path(recipe), 2)
+    assert largest_difference(world, "bf16", "bf16-stopped") == 0
+    merged = [
+        load_file(world.run_directory(name) / "merged" / "model.safetensors") for name in ("bf16", "bf16-stopped")
+    ]
+    assert all(tensor.dtype == torch.bfloat16 for tensor in merged[0].values())
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
+
+
 def test_fp16_without_a_dynamic_scaler_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     config = deepspeed_json(world.directory, 3, loss_scale=1.0)
     recipe = str(world.recipe("static", train={"precision": "fp16"}))
@@ -143,7 +161,25 @@ def test_another_recipe_is_refused_with_the_difference(world: World, capfd: pyte
     launch(recipe, 1)
     assert run_ranks(1, train.main, [str(recipe), "adapter.r=8", "run.name=changed"]) == [1]
     assert "adapter.r was 4 and is 8" in capfd.readouterr().err
-    launch(recipe, 2, "train.max_tokens_per_micro_batch=512", "train.logging_steps=2")  # none of this changes a result
+    assert run_ranks(1, train.main, [str(recipe), "train.precision=bf16"]) == [1]
+    assert "the precision was fp32 and is bf16 (train.precision=fp32 keeps it)" in capfd.readouterr().err
+    report = (world.run_directory("changed") / "data_report.json").read_text()
+    assert run_ranks(1, train.main, [str(recipe), "data.test_size=5"]) == [1]
+    assert "data.test_size was 10.0 and is 5" in capfd.readouterr().err
+    assert (world.run_directory("changed") / "data_report.json").read_text() == report
+    launch(recipe, 2, "train.max_tokens_per_micro_batch=512", "train.gradient_checkpointing=true")  # the same results
+
+
+def test_another_base_under_the_same_name_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    base = world.directory / "moving-base"
+    shutil.copytree(world.base, base)
+    recipe = World(world.directory, base, world.rows).recipe("moving", train={"max_steps": 4, "save_steps": 2})
+    launch(recipe, 1)
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[-100] ^= 1
+    (base / "model.safetensors").write_bytes(weights)
+    assert run_ranks(1, train.main, [str(recipe), "train.logging_steps=2"]) == [1]
+    assert "the files of the base model are not the same" in capfd.readouterr().err
 
 
 def test_a_finished_run_says_so(world: World, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from conftest import ROOT, build_tokenizer
 
 from launch.data import tokenise
 from launch.errors import DataError, TemplateError
-from launch.templates import ChatTemplate, Message, load_chat_template, render_chat, render_prompt
+from launch.templates import ChatTemplate, Message, load_chat_template, marks_answers, render_chat, render_prompt
 
 CONVERSATIONS = {
     "single": [("user", "Where to?"), ("assistant", "North.")],
@@ -42,7 +42,7 @@ def test_golden(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_serving_template_renders_the_same_text_in_transformers(name: str) -> None:
     template = load_chat_template(name)
-    assert "generation %}" not in template.for_serving
+    assert "{% generation" not in template.for_serving
     tokenizer = build_tokenizer(["Where to? North. 你好 再见"], 400)
     tokenizer.chat_template = template.for_serving
     for key in CONVERSATIONS:
@@ -65,6 +65,19 @@ def test_ids_and_mask_are_those_of_apply_chat_template(name: str) -> None:
         assert token_ids.tolist() == expected["input_ids"]
         assert trained.astype(int).tolist() == expected["assistant_masks"]
         assert tokenizer.decode(token_ids[trained][-1]) == "<|im_end|>"
+
+
+def test_the_serving_template_keeps_the_tags_whitespace_control() -> None:
+    source = "A:\n{%- generation -%}\n{{ messages[0].content }}\n{%- endgeneration -%}\n\n{% if tools %}x{% endif %}"
+    template = ChatTemplate("trimmed", source)
+    conversation = [Message(role="assistant", content="a")]
+    serving = dataclasses.replace(template, source=template.for_serving)
+    assert render_chat(template, conversation).text == render_chat(serving, conversation).text == "A:a"
+
+
+def test_add_generation_prompt_marks_no_answer() -> None:
+    assert not marks_answers("{% if add_generation_prompt %}{{ messages }}{% endif %}")
+    assert marks_answers("{%- generation -%}{{ messages }}{% endgeneration %}")
 
 
 def test_a_row_cannot_forge_a_span() -> None:
