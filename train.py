@@ -73,7 +73,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     except LaunchError as error:
         if not is_rank_zero:
-            time.sleep(30)  # rank zero speaks; the launcher ends this rank when it has
+            time.sleep(30)  # rank zero speaks, and the launcher then ends this rank; if not, it is this rank's own
+            print(f"Refused on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
             return 1
         state: runs.State = "failed" if runs.read_status(directory).get("state") == "running" else "refused"
         print(f"{state.capitalize()}: {error}", file=sys.stderr, flush=True)
@@ -345,7 +346,7 @@ def closing_lines(recipe: Recipe) -> str:
     rows = [("adapter", str(directory / "adapter")), ("metrics", str(directory / "metrics.jsonl"))]
     if recipe.run.merge:
         rows.insert(0, ("merged model", str(directory / "merged")))
-    return f"\n{format_table(rows)}\nA real model: {LAUNCH_COMMAND} {FLAGSHIP} data.train=ROWS.jsonl"
+    return f"\n{format_table(rows)}\nA real model:\n  {LAUNCH_COMMAND} \\\n    {FLAGSHIP} data.train=ROWS.jsonl"
 
 
 def is_finished(recipe: Recipe) -> bool:

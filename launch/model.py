@@ -14,11 +14,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from launch import tiny
 from launch.adapter import check_targets
 from launch.config import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.errors import ModelError, TemplateError
 from launch.templates import ChatTemplate, load_chat_template, marks_answers
-from launch.tiny import build_tiny_base, build_tiny_tokenizer
 
 TINY_ROWS = Path("configs/data/tiny_chat.jsonl")
 _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK_BYTES = 64, 65536
@@ -30,14 +30,15 @@ def resolve_base(recipe: Recipe, *, show_progress: bool = False) -> str:
     if recipe.model.name_or_path != TINY_MODEL_NAME:
         path = Path(recipe.model.name_or_path).expanduser()
         return str(path) if path.is_dir() else recipe.model.name_or_path
-    directory = Path(recipe.run.output_dir) / "base-models" / TINY_MODEL_NAME
-    return str(build_tiny_base(directory, TINY_ROWS, show_progress=show_progress))
+    made_of = hashlib.sha256(Path(tiny.__file__).read_bytes() + TINY_ROWS.read_bytes()).hexdigest()[:8]
+    directory = Path(recipe.run.output_dir) / "base-models" / f"{TINY_MODEL_NAME}-{made_of}"
+    return str(tiny.build_tiny_base(directory, TINY_ROWS, show_progress=show_progress))
 
 
 def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer that a run of this recipe would use, without building the tiny base for it."""
     if recipe.model.name_or_path == TINY_MODEL_NAME:
-        return build_tiny_tokenizer(TINY_ROWS)
+        return tiny.build_tiny_tokenizer(TINY_ROWS)
     return load_tokenizer(resolve_base(recipe), recipe.model)
 
 

@@ -39,9 +39,9 @@ def test_it_learns_what_it_has_not_seen(demo: tuple[Path, str]) -> None:
 
 def test_its_last_lines_say_what_to_do_next(demo: tuple[Path, str]) -> None:
     directory, printed = demo
-    last = "\n".join(printed.strip().splitlines()[-5:])
-    assert str(directory / "merged") in last
-    assert "train.py configs/recipes/qwen1.5-14b-lora.yaml" in last
+    last = "\n".join(printed.strip().splitlines()[-6:])
+    assert "merged model" in last and str(directory / "merged") in "".join(last.split())
+    assert "configs/recipes/qwen1.5-14b-lora.yaml data.train=ROWS.jsonl" in last
     assert (directory / "merged" / "config.json").exists()
     assert "is finished" in run_the_default_recipe(directory.parent)
 

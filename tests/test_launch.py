@@ -32,9 +32,10 @@ def start(recipe: Path, *arguments: str, num_ranks: int = 2) -> subprocess.Popen
 
 
 def finish(process: subprocess.Popen[str], expected_code: int = 0) -> str:
+    """What it printed, on one line: the banner is wrapped to the width of a terminal."""
     output, _ = process.communicate(timeout=300)
     assert process.returncode == expected_code, output
-    return output
+    return " ".join(output.split())
 
 
 def ranks_of(recipe: Path) -> list[int]:
