@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 import train
 from launch import engine as engines
 from launch import runs
+from launch.adapter import add_adapter
 from launch.checkpoint import find_resumable, path_of_step
+from launch.config import load_recipe
 from launch.errors import CheckpointError
+from launch.model import load_base
 
 STEPS = 9
 SETTINGS = {"max_steps": STEPS, "save_steps": 3, "eval_steps": 4}
@@ -38,6 +41,19 @@ def stop_at(step: int, arguments: list[str], *, fp16: bool = False) -> tuple[int
 
     engines.step = watched_step
     return train.main(arguments), seen
+
+
+def dtypes_under_fp16(recipe_path: Path) -> dict[str, set[torch.dtype]]:
+    """Of the masters that Adam updates, and of all weights that the model computes with."""
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    recipe = load_recipe(recipe_path)
+    engines.quiet_libraries()
+    accelerator = engines.create_accelerator(recipe, "fp16")
+    base = load_base(recipe.model.name_or_path, recipe.model, "fp16")
+    model = add_adapter(base, recipe.adapter, seed=0, dtype=torch.float16)
+    engine = engines.start_engine(accelerator, model, recipe.train)
+    masters = {group.dtype for group in engine.optimizer.fp32_partitioned_groups_flat}
+    return {"masters": masters, "weights": {parameter.dtype for parameter in engine.module.parameters()}}
 
 
 def training_state(world: World, name: str) -> dict[str, torch.Tensor]:
@@ -104,7 +120,10 @@ def test_fp16_overflow_skips_alike_and_resume_keeps_the_scaler(world: World) -> 
     assert curve[-1]["loss_scale"] < 2**18
     state = json.loads((path_of_step(world.run_directory("fp16"), STEPS) / "state.json").read_text())
     assert state["adam_step"] == STEPS - sum(skips[0])
-    assert {tensor.dtype for tensor in training_state(world, "fp16").values()} == {torch.float32}
+    assert (
+        run_ranks(2, dtypes_under_fp16, world.recipe("dtypes", **blocks), deepspeed=config)
+        == [{"masters": {torch.float32}, "weights": {torch.float16}}] * 2
+    )
 
     recipe = str(world.recipe("fp16-stopped", **blocks))
     run_ranks(2, lambda a: stop_at(5, a, fp16=True), [recipe], deepspeed=config)
