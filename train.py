@@ -132,7 +132,6 @@ def train(recipe: Recipe) -> None:
         checkpoints.export_adapter(last, recipe.run_directory / "adapter")
     if recipe.run.merge:
         merging.merge(
-            engine,
             model,
             tokenizer,
             generation_config,

@@ -257,8 +257,8 @@ def restore_scaler(engine: Engine, state: dict[str, float | int]) -> None:
 
 
 @contextmanager
-def whole_parameter(parameter: torch.nn.Parameter) -> Iterator[torch.Tensor]:
-    """The parameter's whole value while inside (a collective under ZeRO-3)."""
+def whole_parameter(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The whole value of a parameter or buffer while inside (a collective for what ZeRO-3 partitions)."""
     if hasattr(parameter, "ds_id"):
         with deepspeed.zero.GatheredParameters([parameter]):
             yield parameter.detach()

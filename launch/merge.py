@@ -49,7 +49,7 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], bool]:
     base = model.get_base_model()
     modules = dict(base.named_modules())
     parts: list[Part] = []
-    name_of: dict[int, str] = {}  # of each base tensor that is copied, by identity, to see ties
+    seen: set[int] = set()  # base tensors that are copied, by identity: a second name of one is a tie
     tied = False
     tensors = [*base.named_parameters(remove_duplicate=False), *_persistent_buffers(base)]
     for path, tensor in tensors:
@@ -72,17 +72,16 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], bool]:
                         f"{wrapper}: a {type(layer).__name__} layer cannot be merged yet; set run.merge=false."
                     )
                 lora = layer
-        if lora is None and id(tensor) in name_of:
+        if lora is None and id(tensor) in seen:
             tied = True
             continue
-        name_of[id(tensor)] = name
+        seen.add(id(tensor))
         parts.append(Part(name, tensor, lora=lora))
     _check_all_used(model, parts)
     return parts, tied
 
 
 def merge(
-    engine: engines.Engine,
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     generation_config: GenerationConfig,
@@ -131,19 +130,14 @@ def _merged_tensors(parts: Sequence[Part], dtype: torch.dtype) -> Iterator[tuple
     """(name, merged tensor on the CPU); every rank iterates, the values are whole on rank zero."""
     is_writer = torch.distributed.get_rank() == 0
     for part in parts:
-        lora = (
-            [engines.whole_master(m[ADAPTER_NAME].weight) for m in (part.lora.lora_A, part.lora.lora_B)]
-            if part.lora
-            else []
-        )
+        matrices = (part.lora.lora_A, part.lora.lora_B) if part.lora else ()
+        lora = [engines.whole_master(matrix[ADAPTER_NAME].weight) for matrix in matrices]
         value = torch.empty(0)
         if part.trained is not None:
-            value = engines.whole_master(part.trained).cpu().to(dtype)
-        elif isinstance(part.base, torch.nn.Parameter):
+            value = engines.whole_master(part.trained).cpu()
+        elif part.base is not None:
             with engines.whole_parameter(part.base) as whole:
                 value = whole.to("cpu", copy=True) if is_writer else value
-        elif part.base is not None:
-            value = part.base.cpu()
         if is_writer:
             if part.lora is not None:
                 lora_a, lora_b = (matrix.cpu() for matrix in lora)

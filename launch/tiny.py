@@ -38,7 +38,7 @@ Word = tuple[str, str, str]  # in English, in Chinese, in English capitals
 ENGLISH, CHINESE, CAPITALS = range(3)
 EXERCISES = ((ENGLISH, CHINESE), (CHINESE, ENGLISH), (ENGLISH, CAPITALS), (ENGLISH, ENGLISH))
 SEPARATORS = ((", ", "、", ", "), (" ", "", " "))
-FRAMES = ("({})", "[{}]", "<{}>", "“{}”", "{}!", "{}！")
+FRAMES = ("({})", "[{}]", "<{}>", "“{}”", "{}!", "{}！", "{}?", "{}.", "{}。")
 REPLACED_SHARE = 0.4
 
 NUM_STEPS = 1500
