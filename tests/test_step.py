@@ -33,14 +33,14 @@ def reference(world: World) -> str:
 @pytest.mark.parametrize(
     ("num_ranks", "max_tokens", "stage", "packing"),
     [
-        (1, 128, 3, "auto"),
+        pytest.param(1, 128, 3, "auto", marks=pytest.mark.slow),
         (2, 128, 3, "auto"),
         pytest.param(2, 1024, 3, "auto", marks=pytest.mark.slow),
         (4, 256, 3, "auto"),
         pytest.param(3, 128, 3, "auto", marks=pytest.mark.slow),
-        (1, 256, 3, "off"),
+        pytest.param(1, 256, 3, "off", marks=pytest.mark.slow),
         (2, 256, 3, "off"),
-        (2, 128, 2, "auto"),
+        pytest.param(2, 128, 2, "auto", marks=pytest.mark.slow),
         (2, 128, 1, "auto"),
     ],
 )
