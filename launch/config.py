@@ -220,7 +220,9 @@ def _sentence(path: Path, error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         owner = _owner(first["loc"][:-1])
         known = [".".join([*map(str, first["loc"][:-1]), name]) for name in owner.model_fields]
-        near = difflib.get_close_matches(where, known, n=1, cutoff=0.4)
+        key = str(first["loc"][-1])
+        elsewhere = [f"{block}.{key}" for block in Recipe.model_fields if key in _owner((block,)).model_fields]
+        near = elsewhere or difflib.get_close_matches(where, known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         return f"{path}: {where} is not a recipe key; {hint}The valid ones here are {_choices(owner)}."
     if first["type"] == "missing":

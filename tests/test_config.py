@@ -43,6 +43,7 @@ def test_without_a_recipe_the_default_runs() -> None:
     ("text", "sentence"),
     [
         ("train: {learning_rte: 1e-4}", "train.learning_rte is not a recipe key; did you mean train.learning_rate?"),
+        ("train: {report_to: [wandb]}", "train.report_to is not a recipe key; did you mean run.report_to?"),
         ("trian: {seed: 1}", "trian is not a recipe key; did you mean train?"),
         ("train: {global_batch_size: 0}", "train.global_batch_size = 0 is not valid: input should be greater than"),
         (
