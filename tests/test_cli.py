@@ -44,6 +44,8 @@ BAD = [
     ("train.global_batch_size=0", "train.global_batch_size = 0 is not valid"),
     ("train.seed=soon", "train.seed = 'soon' is not valid"),
     ("data.train=nowhere.jsonl", "There is no data file nowhere.jsonl"),
+    ("data.train={directory}/broken.jsonl", "line 2 is not JSON"),
+    ("data.train={directory}/empty.jsonl", "holds no rows"),
     ("data.prompt_template=alpaca", "templates/prompt/alpaca.jinja names a missing column: 'instruction'"),
     ("data.template=lama2", "There is no chat template 'lama2'; the valid names are"),
     ("model.name_or_path=./nowhere", "model.name_or_path = ./nowhere does not exist"),
@@ -64,7 +66,10 @@ def test_bad_input_is_refused_before_a_weight_is_read(
         for path in world.base.iterdir():
             if path.suffix != ".safetensors":
                 (hollow / path.name).write_bytes(path.read_bytes())
+    (world.directory / "broken.jsonl").write_text('{"input": "a", "output": "b"}\n{"input": "a', encoding="utf-8")
+    (world.directory / "empty.jsonl").write_text("", encoding="utf-8")
     name = f"bad-{BAD.index((override, sentence))}"
+    override = override.format(directory=world.directory) if "{directory}" in override else override
     recipe = World(world.directory, hollow, world.rows).recipe(name)
     assert run_ranks(1, train.main, [str(recipe), override]) == [1]
     said = capfd.readouterr().err
