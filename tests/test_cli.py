@@ -1,11 +1,13 @@
 """python -m launch and the refusals of train.py: one sentence, the right exit code, status.json."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, World, launch, run_ranks
 from typer.testing import CliRunner
 
@@ -92,6 +94,19 @@ def test_more_processes_than_gpus() -> None:
         check_process_count(4, 2)
     check_process_count(4, 4)
     check_process_count(4, 0)
+
+
+def on_a_machine_with_one_gpu(arguments: list[str]) -> int:
+    """train.py's main as the first of two processes where torch counts one GPU."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    torch.cuda.device_count = lambda: 1
+    return train.main(arguments)
+
+
+def test_a_launch_with_too_many_processes_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(1, on_a_machine_with_one_gpu, [str(world.recipe("crowded"))]) == [1]
+    assert capfd.readouterr().err.count("Refused: 2 processes were launched but this machine has 1 GPU(s); add") == 1
+    assert runs.read_status(world.run_directory("crowded"))["state"] == "refused"
 
 
 def test_train_without_accelerate_launch_is_refused(world: World) -> None:
