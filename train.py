@@ -76,7 +76,9 @@ def main(arguments: Sequence[str]) -> int:
             time.sleep(30)  # rank zero speaks, and the launcher then ends this rank; if not, it is this rank's own
             print(f"Refused on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
             return 1
-        state: runs.State = "failed" if runs.read_status(directory).get("state") == "running" else "refused"
+        status = runs.read_status(directory)  # maybe another job's, or one that was killed
+        has_trained = status.get("state") == "running" and status.get("pid") == os.getpid()
+        state: runs.State = "failed" if has_trained else "refused"
         print(f"{state.capitalize()}: {error}", file=sys.stderr, flush=True)
         runs.write_end(directory, state, str(error))
         return 1

@@ -210,7 +210,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Yaml)
     except yaml.YAMLError:
-        value = text
+        value = text  # a plain sentence need not be YAML; its key's type still decides
     tree.setdefault(block, {})[key] = value
 
 

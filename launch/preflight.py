@@ -1,4 +1,4 @@
-"""What can be refused before torch is imported and a weight is read."""
+"""What can be refused without torch and before a weight is read."""
 
 import importlib.util
 from pathlib import Path

@@ -25,13 +25,6 @@ def format_bytes(count: float) -> str:
     return f"{count:.3g} {unit}"
 
 
-def format_duration(seconds: float) -> str:
-    """75 -> 1m15s."""
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    return f"{hours}h{minutes:02d}m{rest:02d}s" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
-
-
 def format_table(rows: Sequence[tuple[str, str]], columns: int = 80) -> str:
     """Names and texts in two aligned columns; long texts continue under themselves."""
     width = max(len(name) for name, _ in rows) + 4

@@ -1,4 +1,7 @@
-"""The run directory: who owns it, what state it is in, and its metrics. Every file appears whole or not at all."""
+"""The run directory: who owns it, what state it is in, and its metrics.
+
+Files appear whole or not at all; only metrics.jsonl grows, a line at a time.
+"""
 
 import fcntl
 import json

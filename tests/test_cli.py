@@ -120,8 +120,19 @@ def test_train_without_accelerate_launch_is_refused(world: World) -> None:
 def test_two_jobs_in_one_run_directory(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = world.recipe("busy")
     with runs.open_run(world.run_directory("busy")):
+        runs.write_status(world.run_directory("busy"), "running", "training", pid=1)
         assert run_ranks(1, train.main, [str(recipe)]) == [1]
-    assert "Another process is running in" in capfd.readouterr().err
+    assert "Refused: Another process is running in" in capfd.readouterr().err
+    assert runs.read_status(world.run_directory("busy"))["state"] == "running", "the other job's status is its own"
+
+
+def test_a_refusal_after_a_killed_run_is_a_refusal(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe("was-killed")
+    runs.open_run(world.run_directory("was-killed")).close()
+    runs.write_status(world.run_directory("was-killed"), "running", "training", pid=1)
+    assert run_ranks(1, train.main, [str(recipe), "train.global_batch_size=0"]) == [1]
+    assert "Refused: " in capfd.readouterr().err
+    assert runs.read_status(world.run_directory("was-killed"))["state"] == "refused"
 
 
 def test_tensorboard_gets_the_metrics(world: World) -> None:

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import World, build_base, launch, make_rows
+from conftest import World, build_base, launch, make_rows, run_ranks
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train
 from launch.merge import add_lora
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -46,7 +47,7 @@ def test_merged_logits_are_those_of_base_and_adapter(any_world: World, modules_t
         before = AutoModelForCausalLM.from_pretrained(any_world.base, dtype=torch.float32)(ids).logits
         expected, found = tuned(ids).logits, merged.float()(ids).logits
     assert (expected - before).abs().max() > 0.5, "the adapter must matter"
-    assert (expected - found).abs().max() < 0.01 * expected.abs().max()
+    assert (expected - found).abs().max() < 0.003 * expected.abs().max()
     assert merged.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
     is_tied = merged.config.tie_word_embeddings
     was_tied = base.config.tie_word_embeddings
@@ -74,10 +75,6 @@ def test_overflow_is_refused_and_leaves_nothing(any_world: World, capfd: pytest.
     AutoTokenizer.from_pretrained(any_world.base).save_pretrained(huge)
     world = World(any_world.directory, huge, any_world.rows)
     recipe = world.recipe("huge", run={"merge": True, "merge_dtype": "float16"}, train={"max_steps": 1})
-    from conftest import run_ranks
-
-    import train
-
     assert run_ranks(1, train.main, [str(recipe)]) == [1]
     assert "k_proj.weight is not finite in float16" in capfd.readouterr().err
     directory = world.run_directory("huge")
