@@ -32,20 +32,22 @@ from launch import merge as merging
 from launch.adapter import add_adapter
 from launch.checkpoint import Resumable
 from launch.config import Recipe, dump_recipe, intended_run_directory, parse_command_line
-from launch.data import Samples, prepare
+from launch.data import prepare
+from launch.data_report import outcomes_line
 from launch.errors import LaunchError
 from launch.model import (
     DTYPES,
     check_adapter_fits,
-    choose_template,
     fingerprint_base,
     load_base,
-    load_tokenizer,
     resolve_base,
     serving_generation_config,
+    tokenizer_and_template,
 )
 from launch.packing import batch_loss, choose_packing, collate, selects_logits
-from launch.report import RunLog, format_bytes, format_table
+from launch.report import RunLog
+from launch.samples import Samples
+from launch.table import format_bytes, format_table
 from metrics.tokens import TokenCounts, counts_from_sums
 
 FLAGSHIP = "configs/recipes/qwen1.5-14b-lora.yaml"
@@ -99,15 +101,15 @@ def train(recipe: Recipe) -> None:
 
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
     found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_run(recipe, precision))))
-    tokenizer = load_tokenizer(found["base"], recipe.model)
-    tokenizer.chat_template = choose_template(recipe.data.template, tokenizer).for_serving
-    samples, held_out = (Samples.load(Path(path)) for path in found["samples"])
+    tokenizer, template = tokenizer_and_template(recipe, found["base"])
+    tokenizer.chat_template = template.for_serving
+    samples, held_out = (Samples.load(Path(found["store"]), split) for split in ("train", "evaluation"))
     checkpoint = Resumable.read(Path(found["checkpoint"])) if found["checkpoint"] else None
 
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
     base = load_base(found["base"], recipe.model, precision)
     model = add_adapter(base, recipe.adapter, seed=recipe.train.seed, dtype=DTYPES[precision])
-    generation_config = serving_generation_config(base, samples.end_token_ids(tokenizer.all_special_ids))
+    generation_config = serving_generation_config(base, found["end_token_ids"])
     if recipe.run.merge:
         merging.plan_merge(model)  # refuses now what it could not merge at the end
     if recipe.train.gradient_checkpointing:
@@ -121,7 +123,8 @@ def train(recipe: Recipe) -> None:
     select = selects_logits(base)
     job = Job(recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, select, found["identity"])
     if accelerator.is_main_process:
-        print(start_up_banner(job, f"{precision}: {precision_reason}", packing, checkpoint), flush=True)
+        banner = start_up_banner(job, f"{precision}: {precision_reason}", found["rows"], packing, checkpoint)
+        print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     accelerator.init_trackers(recipe.run.name)
     if not optimizer_steps(job, checkpoint, found["last_evaluation"]):
@@ -284,37 +287,31 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     directory = recipe.run_directory
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
     check_adapter_fits(base, recipe)
-    tokenizer = load_tokenizer(base, recipe.model)
-    prepared = prepare(recipe, tokenizer, choose_template(recipe.data.template, tokenizer))
+    prepared = prepare(recipe, directory, lambda: tokenizer_and_template(recipe, base))
     # Refused before anything of the run that is there is written over.
     fingerprint = fingerprint_base(base, recipe.model)
-    digests = [part.sha256 for part in (prepared.train, prepared.evaluation)]
     identity = checkpoints.identity_of_run(
-        recipe, precision=precision, base_fingerprint=fingerprint, data_sha256=digests
+        recipe, precision=precision, base_fingerprint=fingerprint, data_sha256=prepared.sha256s
     )
     checkpoint = checkpoints.find_resumable(directory, say=print)
     if checkpoint is not None:
         checkpoints.check_same_run(checkpoint, identity)
-    paths = [directory / "data" / f"{split}.safetensors" for split in ("train", "evaluation")]
-    paths[0].parent.mkdir(exist_ok=True)
-    for path, part in zip(paths, (prepared.train, prepared.evaluation), strict=True):
-        part.save(path)
-    runs.write_json(directory / "data_report.json", prepared.report)
-    rows = (json.dumps(row, ensure_ascii=False) + "\n" for row in prepared.quarantine)
-    runs.write_text(directory / "quarantine.jsonl", "".join(rows))
+    prepared = prepared.publish(directory)
     metrics = runs.rewind_metrics(directory, checkpoint.step if checkpoint else -1)
     runs.write_text(directory / "recipe.yaml", dump_recipe(recipe))
     runs.write_json(directory / "environment.json", {"host": platform.node(), "versions": versions()})
     return {
         "base": base,
-        "samples": [str(path) for path in paths],
+        "store": str(prepared.store),
+        "rows": outcomes_line(prepared.report),
+        "end_token_ids": prepared.end_token_ids,
         "identity": identity,
         "checkpoint": str(checkpoint.path) if checkpoint else None,
         "last_evaluation": max((record["step"] for record in metrics if record["kind"] == "evaluation"), default=-1),
     }
 
 
-def start_up_banner(job: Job, precision: str, packing: str, checkpoint: Resumable | None) -> str:
+def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, checkpoint: Resumable | None) -> str:
     """The batch arithmetic, the precision and why, and what each rank holds."""
     recipe, settings, samples = job.recipe, job.recipe.train, job.samples
     first_ids = batching.step_samples(0, len(samples), settings.global_batch_size, job.total_samples, settings.seed)
@@ -326,8 +323,8 @@ def start_up_banner(job: Job, precision: str, packing: str, checkpoint: Resumabl
         ("run", f"{recipe.run_directory}, {f'resumed after step {checkpoint.step}' if checkpoint else 'from step 0'}"),
         ("layout", f"{dist.get_world_size()} ranks, DeepSpeed ZeRO-{stage}, {job.accelerator.device.type}"),
         ("precision", precision),
-        ("samples", f"{len(samples):,} to train on, {len(job.held_out):,} held out; data_report.json has every row"),
-        ("steps", f"{job.total_steps:,} of {settings.global_batch_size} samples"),
+        ("rows", f"{rows_line}; data_report.json has every one"),
+        ("steps", f"{job.total_steps:,} of {settings.global_batch_size} samples; an epoch has {len(samples):,}"),
         (
             "first step",
             f"{len(first_ids)} samples, {int(samples.lengths[first_ids].sum()):,} tokens, "

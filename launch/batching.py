@@ -4,6 +4,7 @@ World size and memory budget change only the layout. The samples of a step, and 
 depend on (seed, step) alone, so a checkpoint stores nothing about the data but the step.
 """
 
+import functools
 import heapq
 import math
 from collections.abc import Sequence
@@ -19,9 +20,12 @@ def samples_in_run(num_samples: int, global_batch_size: int, num_train_epochs: f
     return max_steps * global_batch_size if max_steps is not None else math.ceil(num_samples * num_train_epochs)
 
 
+@functools.lru_cache(maxsize=2)  # every step asks, and of millions of samples it takes seconds
 def epoch_order(num_samples: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """The permutation of the sample ids in one epoch."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+    """The permutation of the sample ids in one epoch; read-only."""
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+    order.setflags(write=False)
+    return order
 
 
 def step_samples(step: int, num_samples: int, global_batch_size: int, total_samples: int, seed: int) -> list[int]:

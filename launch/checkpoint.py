@@ -35,7 +35,7 @@ _DELETING = ".deleting-"
 # it is compared by content (rows, precision).
 FREE_TO_CHANGE: dict[str, set[str]] = {
     "model": set(),
-    "data": {"train", "evaluation"},
+    "data": {"train", "evaluation", "bad_rows", "max_dropped_share"},
     "adapter": set(),
     "train": {
         "logging_steps",

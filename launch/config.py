@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from launch.errors import ConfigError
 
@@ -21,7 +21,7 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists, a fro
 class Block(BaseModel):
     """A block of the recipe: unknown keys are errors, values keep their type, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelBlock(Block):
@@ -33,19 +33,53 @@ class ModelBlock(Block):
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
 
 
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "question_answer", "prompt_completion"]
+
+
+class Source(Block):
+    """Where rows come from: a file, a directory of files, or a hub id. What is None is as in the data block."""
+
+    path: str = Field(min_length=1)
+    subset: str | None = None  # of a hub id
+    split: str = "train"  # of a hub id
+    format: Format | None = None
+    prompt_template: str | None = None
+    answer_column: str | None = None
+    weight: float = Field(
+        1.0, gt=0, le=100
+    )  # copies of each row in an epoch; 0.25: one row in four, chosen by the seed
+    max_rows: int | None = Field(None, ge=1)  # at most so many usable rows, chosen by the seed
+
+
+def _listed(value: object) -> object:
+    """`ROWS.jsonl` and a list of paths are short for a list of sources."""
+    values = value if isinstance(value, list | tuple) else [value]
+    for item in values:
+        if not isinstance(item, str | dict | Source):
+            raise ValueError(f"a source is a path or {{path: ..., weight: ...}}, but this is {item!r}")
+    return tuple({"path": item} if isinstance(item, str) else item for item in values)
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_listed)]
+
+
 class DataBlock(Block):
     """The rows and how they become samples."""
 
-    train: str = Field(min_length=1)
-    evaluation: str | None = None
-    test_size: float = Field(0.1, ge=0)  # below 1 a share of the rows, from 1 a number of rows
-    format: Literal["auto", "messages", "alpaca", "question_answer"] = "auto"
+    train: Sources = Field(min_length=1)
+    evaluation: Sources = ()
+    test_size: float | None = Field(None, ge=0)  # held out of train: below 1 a share, from 1 a number; None: 0.1
+    format: Format = "auto"
     prompt_template: str | None = None  # templates/prompt/<name>.jinja: a row of any columns -> the user turn
-    answer_column: str = "output"  # of every format but messages
+    answer_column: str = "output"  # of alpaca, question_answer and prompt templates
     template: str = Field(min_length=1)  # templates/chat/<name>.jinja, or tokenizer: the model's own
-    system: str | None = None
+    system: str | None = None  # the system message of conversations that have none
+    train_on: Literal["all", "last"] = "all"  # answers of a conversation
     max_length: int = Field(1024, ge=8)  # tokens
-    overlong: Literal["drop", "error"] = "drop"
+    overlong: Literal["drop", "truncate", "error"] = "drop"  # truncate: the last answers go, none is cut
+    bad_rows: Literal["quarantine", "error"] = "quarantine"
+    drop_duplicates: bool = False
+    max_dropped_share: float = Field(0.05, ge=0, le=1)  # of all rows
 
 
 class AdapterBlock(Block):
@@ -114,6 +148,17 @@ class Recipe(Block):
                 f"{self.train.max_tokens_per_micro_batch}, so the longest sample would fit no micro-batch; "
                 "raise the second or lower the first"
             )
+        for source in (*self.data.train, *self.data.evaluation):
+            prompt_template = source.prompt_template or (self.data.prompt_template if source.format is None else None)
+            named = source.format or self.data.format
+            if prompt_template is not None and named != "auto":
+                raise ValueError(
+                    f"{source.path} has both a format ({named}) and a prompt_template ({prompt_template}); keep one"
+                )
+        if any(source.weight != 1 for source in self.data.evaluation):
+            raise ValueError("data.evaluation has a weight, but every held-out row counts once; leave it out")
+        if self.data.evaluation and self.data.test_size:
+            raise ValueError("data.evaluation and data.test_size are both set; keep one")
         if self.train.warmup_steps and self.train.warmup_ratio:
             raise ValueError("train.warmup_steps and train.warmup_ratio are both set; keep one")
         if not self.adapter.target_modules:
@@ -215,11 +260,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _sentence(path: Path, error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")  # a misspelt key explains more
+    where = _where(first["loc"])
     if first["type"] == "extra_forbidden":
         owner = _owner(first["loc"][:-1])
-        known = [".".join([*map(str, first["loc"][:-1]), name]) for name in owner.model_fields]
+        known = [_where([*first["loc"][:-1], name]) for name in owner.model_fields]
         key = str(first["loc"][-1])
         elsewhere = [f"{block}.{key}" for block in Recipe.model_fields if key in _owner((block,)).model_fields]
         near = elsewhere or difflib.get_close_matches(where, known, n=1, cutoff=0.4)
@@ -228,17 +273,25 @@ def _sentence(path: Path, error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{path}: {where} is required and not given."
     if first["type"] == "value_error":
-        return f"{path}: {first['ctx']['error']}."
+        return f"{path}: {where + ': ' if where else ''}{first['ctx']['error']}."
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"{path}: {where} = {first['input']!r} is not valid: {reason}."
+
+
+def _where(location: Sequence[int | str]) -> str:
+    """`data.train[0].path`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
 
 
 def _owner(location: Sequence[int | str]) -> type[BaseModel]:
     owner: type[BaseModel] = Recipe
     for part in location:
-        annotation = owner.model_fields[str(part)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        owner = annotation
+        if isinstance(part, int):
+            owner = Source  # the only list of blocks
+            continue
+        annotation = owner.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            owner = annotation
     return owner
 
 

@@ -1,218 +1,382 @@
-"""Conversations -> samples: text is rendered once, tokenised once, and every row has one outcome in the ledger."""
+"""Rows -> samples on disk, and a ledger in which every row has exactly one outcome.
 
+Preparation streams: chunks of rows go to as many processes as there are cores, and their tokens are appended to a store
+in order. The store is kept under a key of all that went into it, so that a second start finds it done.
+"""
+
+import gc
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import json
+import os
+import shutil
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import chain, compress
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
-from transformers import PreTrainedTokenizerBase
+from tqdm import tqdm
 
-from launch.config import Recipe
-from launch.errors import DataError, TemplateError
-from launch.formats import Conversation, read_conversations
-from launch.templates import ChatTemplate, Rendered, render_chat
+from launch import preemption
+from launch.config import DataBlock, Recipe, Source
+from launch.data_report import build_report, check_report
+from launch.errors import DataError
+from launch.fingerprint import digest_of, fingerprint_file, fingerprint_tokenizer
+from launch.formats import BadRowError, Conversation, RowFormat, choose_format
+from launch.ledger import DUPLICATE, KEPT, Batch, Dropped, Work, account_for, as_json, conversation_of
+from launch.rows import Chunk, DataFile, find_files, hub_fingerprint, read_chunks, rows_of
+from launch.runs import write_json
+from launch.samples import Samples, StoreWriter, save_split
+from launch.templates import ChatTemplate, load_chat_template, load_prompt_template, prove_mask
+from launch.tokens import special_ids, special_pattern
 
-_ROWS_PER_BATCH = 1000
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
+EXAMPLES_PER_OUTCOME = 3
+_FRESH = ".preparing-data"
+MAX_PROCESSES = 16
+_SMALL_BYTES = 2_000_000  # not worth a second process
+_CHUNKS_PER_PROCESS = 3  # under way at once, which bounds the memory
+# What decides a sample besides the recipe: our code and these libraries.
+_MADE_BY = ("fingerprint", "rows", "formats", "templates", "tokens", "ledger", "samples", "data", "model")
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")
 
-@dataclass(frozen=True)
-class Samples:
-    """Tokenised rows, end to end in flat arrays; sample i is `[offsets[i], offsets[i + 1])`."""
-
-    token_ids: npt.NDArray[np.int64]  # [tokens]
-    is_trained: npt.NDArray[np.bool_]  # [tokens]; never the first token of a sample, which nothing predicts
-    offsets: npt.NDArray[np.int64]  # [samples + 1]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each sample."""
-        return np.diff(self.offsets)
-
-    @property
-    def num_trained(self) -> npt.NDArray[np.int64]:
-        """Trained tokens of each sample."""
-        total = np.concatenate([[0], np.cumsum(self.is_trained)])
-        return np.asarray(total[self.offsets[1:]] - total[self.offsets[:-1]], dtype=np.int64)
-
-    def sample(self, index: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """(token ids, trained) of one sample, both [tokens]."""
-        part = slice(self.offsets[index], self.offsets[index + 1])
-        return self.token_ids[part], self.is_trained[part]
-
-    @property
-    def sha256(self) -> str:
-        """Of the tokens, the masks and where samples begin."""
-        digest = hashlib.sha256()
-        for array in (self.token_ids, self.is_trained, self.offsets):
-            digest.update(array.tobytes())
-        return digest.hexdigest()
-
-    def end_token_ids(self, special_ids: Sequence[int]) -> list[int]:
-        """The special tokens that end a trained answer; generation stops at them."""
-        is_end = self.is_trained & ~np.append(self.is_trained[1:], False)
-        return sorted({int(token) for token in np.unique(self.token_ids[is_end])} & set(special_ids))
-
-    def save(self, path: Path) -> None:
-        """Write as safetensors."""
-        save_file({"token_ids": self.token_ids, "is_trained": self.is_trained, "offsets": self.offsets}, path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Samples":
-        """Read what `save` wrote."""
-        return cls(**load_file(path))
+Tools = tuple["PreTrainedTokenizerBase", ChatTemplate]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The samples of a run and the ledger of its rows."""
+    """The samples of a run and the ledger of its rows, on disk in `store`."""
 
-    train: Samples
-    evaluation: Samples
+    store: Path
+    split: dict[str, npt.NDArray[np.int64]]  # train, evaluation: numbers of samples in the store
     report: dict[str, Any]  # data_report.json
-    quarantine: list[dict[str, Any]]  # the rows that were dropped, each with its reason
+    evaluation_row_ids: list[str]
+    end_token_ids: list[int]  # the special tokens that end a trained answer
+    sha256s: list[str]  # of the store with what is trained on, and with what is held out
+    was_there: bool  # nothing had to be prepared
+
+    def samples(self, split: str) -> Samples:
+        """Those of `train` or `evaluation`."""
+        return Samples.load(self.store).select(self.split[split])
+
+    def row_ids(self, samples: Sequence[int] | npt.NDArray[np.int64]) -> list[str]:
+        """The rows of these samples of the store: FILE:NUMBER."""
+        return _row_ids(self.store, samples)
+
+    def publish(self, directory: Path) -> "Prepared":
+        """Put everything into a run directory; returns what now stands there."""
+        store = directory / "data"
+        if self.store != store:
+            shutil.rmtree(store, ignore_errors=True)
+            self.store.rename(store)
+        shutil.rmtree(directory / _FRESH, ignore_errors=True)
+        save_split(store, self.split)
+        write_json(directory / "data_report.json", self.report)
+        shutil.copyfile(store / "quarantine.jsonl", directory / "quarantine.jsonl")
+        row_ids = "".join(f"{row_id}\n" for row_id in self.evaluation_row_ids)
+        (directory / "evaluation_rows.txt").write_text(row_ids, encoding="utf-8")
+        return replace(self, store=store)
 
 
-def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> Prepared:
-    """Read, render, tokenise and split. Raises DataError when a row cannot be read or nothing is left to train on."""
-    data = recipe.data
-    tokenised = _tokenise_source(data.train, recipe, tokenizer, template)
-    if data.evaluation is not None:
-        train = tokenised
-        evaluation = _tokenise_source(data.evaluation, recipe, tokenizer, template)
-    else:
-        usable = [index for index, row in enumerate(tokenised) if row.outcome == "kept"]
-        held_out = _held_out(usable, data.test_size, recipe.train.seed)
-        train = [row for index, row in enumerate(tokenised) if index not in held_out]
-        evaluation = [tokenised[index] for index in sorted(held_out)]
-    kept = {"train": _kept(train), "evaluation": _kept(evaluation)}
-    outcomes = Counter({"trained": len(kept["train"]), "evaluated": len(kept["evaluation"])})
-    dropped = [row for row in [*train, *evaluation] if row.outcome != "kept"]
-    outcomes.update(row.outcome for row in dropped)
-    if not kept["train"]:
-        raise DataError(f"{data.train} leaves no row to train on: {_counts(outcomes)}.")
-    samples = {split: _samples(rows) for split, rows in kept.items()}
-    report = {
-        "rows": sum(outcomes.values()),
-        "outcomes": dict(outcomes),
-        **{split: _length_report(part) for split, part in samples.items()},
-        "evaluation_row_ids": [row.conversation.row_id for row in kept["evaluation"]],
-    }
-    quarantine = [
-        {"row_id": row.conversation.row_id, "reason": row.outcome, "row": dict(row.conversation.row)} for row in dropped
-    ]
-    return Prepared(samples["train"], samples["evaluation"], report, quarantine)
+def prepare(recipe: Recipe, directory: Path, load: Callable[[], Tools]) -> Prepared:
+    """Read, render, tokenise and split, or find that done in `directory`; `load` gives tokenizer and template.
 
-
-def tokenise(
-    rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
-    """(token ids, trained) of each text, both [tokens].
-
-    A token is trained when all its characters lie in one trained span. The first token is not: nothing predicts it.
+    Nothing of a run that stands in `directory` is written over before `publish`, but for the report and the quarantine
+    of a set that is refused. Raises DataError when rows cannot be read, when too many of them are dropped, or when
+    what is trained of them cannot be right.
     """
-    encoded = tokenizer([r.text for r in rendered], add_special_tokens=False, return_offsets_mapping=True)
-    result = []
-    for text, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        bounds = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)  # [tokens, 2] characters
-        trained = np.zeros(len(ids), dtype=np.bool_)
-        for start, end in text.spans:
-            trained |= (bounds[:, 0] >= start) & (bounds[:, 1] <= end) & (bounds[:, 1] > bounds[:, 0])
-        trained[:1] = False
-        result.append((np.asarray(ids, dtype=np.int64), trained))
-    return result
-
-
-@dataclass(frozen=True)
-class _Row:
-    conversation: Conversation
-    outcome: str  # kept, or the reason why it was dropped
-    token_ids: npt.NDArray[np.int64]
-    is_trained: npt.NDArray[np.bool_]
-
-
-_NO_TOKENS = (np.zeros(0, np.int64), np.zeros(0, np.bool_))
-
-
-def _tokenise_source(
-    source: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
-) -> list[_Row]:
-    conversations = read_conversations(source, recipe.data)
-    rows = []
-    for first in range(0, len(conversations), _ROWS_PER_BATCH):
-        batch = conversations[first : first + _ROWS_PER_BATCH]
-        whole = [c for c in batch if c.dropped is None]
-        tokens = iter(tokenise([_render(template, c) for c in whole], tokenizer) if whole else ())
-        for conversation in batch:
-            ids, trained = _NO_TOKENS if conversation.dropped else next(tokens)
-            outcome = conversation.dropped or _outcome(conversation, ids, trained, recipe)
-            rows.append(_Row(conversation, outcome, ids, trained))
-    return rows
-
-
-def _render(template: ChatTemplate, conversation: Conversation) -> Rendered:
+    data = recipe.data
+    files = find_files((*data.train, *data.evaluation))
+    key = _key(recipe, files)
+    # What a run uses, and what a start left that was refused, or killed before it was published.
+    found = [store for store in (directory / "data", directory / _FRESH) if _is_whole(store, key)]
+    store = found[0] if found else _prepare_anew(directory / _FRESH, key, data, files, load)
+    if not found and _key(recipe, files) != key:
+        shutil.rmtree(store)
+        raise DataError("A data file, a template or the tokenizer changed while the rows were prepared; start again.")
+    facts = json.loads((store / "prepared.json").read_text(encoding="utf-8"))
+    rows = load_file(store / "rows.safetensors")  # [rows] each
+    kept_rows = np.flatnonzero(rows["outcome"] == KEPT)  # [samples] the row of each
+    sources = [*data.train, *data.evaluation]
+    source_of_file = np.asarray([sources.index(file.source) for file in files])
+    split = _split(recipe, source_of_file[rows["file"][kept_rows]])
+    report = build_report(facts, rows, Samples.load(store), split)
+    prepared = Prepared(
+        store,
+        split,
+        report,
+        _row_ids(store, split["evaluation"]),
+        [int(token) for token in facts["end_tokens"]],
+        [digest_of([facts["sha256"], hashlib.sha256(indices.tobytes()).hexdigest()]) for indices in split.values()],
+        bool(found),
+    )
     try:
-        return render_chat(template, conversation.messages)
-    except TemplateError as error:
-        raise TemplateError(f"{conversation.row_id}: {error}") from None
+        check_report(report, data.max_dropped_share, must_evaluate=bool(data.evaluation))
+    except DataError as error:
+        write_json(directory / "data_report.json", report)
+        shutil.copyfile(store / "quarantine.jsonl", directory / "quarantine.jsonl")
+        raise DataError(f"{str(error).rstrip('.')}; {directory / 'quarantine.jsonl'} lists what was dropped.") from None
+    return prepared
 
 
-def _outcome(
-    conversation: Conversation, ids: npt.NDArray[np.int64], trained: npt.NDArray[np.bool_], recipe: Recipe
-) -> str:
-    limit = recipe.data.max_length
-    if len(ids) > limit:
-        if recipe.data.overlong == "error":
-            raise DataError(
-                f"{conversation.row_id} has {len(ids)} tokens, more than data.max_length = {limit}; "
-                "raise it, or set data.overlong: drop."
-            )
-        return "too long"
-    return "kept" if trained.any() else "no trained token"
+def first_conversations(recipe: Recipe, count: int) -> Iterator[tuple[str, Conversation | BadRowError]]:
+    """(row id, conversation or what is wrong) of the first rows to train on."""
+    for file in find_files(recipe.data.train):
+        row_format = _format_of(file, recipe.data)
+        for raw in (raw for chunk in read_chunks(file) for raw in rows_of(chunk)):
+            if count == 0:
+                return
+            count -= 1
+            row_id = f"{file.label}:{raw.number}"
+            try:
+                yield row_id, conversation_of(raw, row_format, row_id)
+            except BadRowError as error:
+                yield row_id, error
 
 
-def _held_out(usable: Sequence[int], test_size: float, seed: int) -> set[int]:
-    count = round(len(usable) * test_size) if test_size < 1 else int(test_size)
-    if count >= len(usable) > 0:
-        raise DataError(f"data.test_size = {test_size:g} leaves none of the {len(usable)} usable rows to train on.")
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(usable))
-    return {usable[index] for index in order[:count]}
+# ---- the store and its key ----
 
 
-def _kept(rows: Iterable[_Row]) -> list[_Row]:
-    return [row for row in rows if row.outcome == "kept"]
-
-
-def _samples(rows: Sequence[_Row]) -> Samples:
-    lengths = [len(row.token_ids) for row in rows]
-    return Samples(
-        np.concatenate([_NO_TOKENS[0], *(row.token_ids for row in rows)]),
-        np.concatenate([_NO_TOKENS[1], *(row.is_trained for row in rows)]),
-        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
+def _key(recipe: Recipe, files: Sequence[DataFile]) -> str:
+    """Of everything that decides what the store holds; what the split alone depends on is left out."""
+    data = recipe.data
+    own_code = [Path(__file__).with_name(f"{module}.py").read_bytes() for module in _MADE_BY]
+    of_split = {"train", "evaluation", "test_size", "max_dropped_share"}
+    prompt_templates = {"alpaca", data.prompt_template, *(file.source.prompt_template for file in files)}
+    return digest_of(
+        [
+            hashlib.sha256(b"".join(own_code)).hexdigest(),
+            [version(library) for library in _LIBRARIES],
+            fingerprint_tokenizer(recipe.model),
+            recipe.model.trust_remote_code,
+            "" if data.template == "tokenizer" else load_chat_template(data.template).source,
+            [load_prompt_template(name) for name in sorted(filter(None, prompt_templates))],
+            data.model_dump(mode="json", exclude=of_split),
+            [
+                [file.label, file.source.model_dump(mode="json", exclude={"weight", "max_rows"})]
+                + (fingerprint_file(file.path) if file.path else [hub_fingerprint(file.source)])
+                for file in files
+            ],
+        ]
     )
 
 
-def _length_report(samples: Samples) -> dict[str, Any]:
-    lengths = samples.lengths
-    if not len(samples):
-        return {"samples": 0}
-    p50, p95 = np.percentile(lengths, [50, 95])
-    return {
-        "samples": len(samples),
-        "tokens": int(lengths.sum()),
-        "trained_tokens": int(samples.is_trained.sum()),
-        "tokens_p50": round(float(p50)),
-        "tokens_p95": round(float(p95)),
-        "tokens_max": int(lengths.max()),
-    }
+def _is_whole(store: Path, key: str) -> bool:
+    """Whether a store of this key is there; prepared.json is written last, and knows how long the files are."""
+    try:
+        facts = json.loads((store / "prepared.json").read_text(encoding="utf-8"))
+        return facts["key"] == key and all((store / name).stat().st_size == n for name, n in facts["bytes"].items())
+    except (OSError, ValueError, LookupError, TypeError):  # nothing there, or not what we write
+        return False
 
 
-def _counts(outcomes: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in outcomes.items() if count)
+def _prepare_anew(store: Path, key: str, data: DataBlock, files: Sequence[DataFile], load: Callable[[], Tools]) -> Path:
+    shutil.rmtree(store, ignore_errors=True)
+    try:
+        store.mkdir(parents=True)
+        _fill(store, key, data, files, load())
+    except BaseException as error:
+        shutil.rmtree(store, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise DataError(f"The samples cannot be written to {store}: {error.strerror or error}.") from None
+        raise
+    return store
+
+
+def _row_ids(store: Path, samples: Sequence[int] | npt.NDArray[np.int64]) -> list[str]:
+    labels = json.loads((store / "prepared.json").read_text(encoding="utf-8"))["files"]
+    rows = load_file(store / "rows.safetensors")  # [rows] each
+    kept_rows = np.flatnonzero(rows["outcome"] == KEPT)
+    return [f"{labels[rows['file'][row]]}:{rows['number'][row]}" for row in kept_rows[np.asarray(samples, np.int64)]]
+
+
+def _fill(store: Path, key: str, data: DataBlock, files: Sequence[DataFile], tools: Tools) -> None:
+    tokenizer, template = tools
+    prove_mask(template)
+    formats = {file.label: _format_of(file, data) for file in files}
+    work = Work(data, formats, template, tokenizer, special_pattern(tokenizer))
+    outcomes, numbers, file_of_row = [np.zeros(0, np.uint8)], [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    last_tokens: Counter[int] = Counter()
+    counts: Counter[str] = Counter()
+    examples: dict[str, list[dict[str, str]]] = {}
+    seen: set[bytes] = set()
+    place_of_file = {file.label: place for place, file in enumerate(files)}
+    with (
+        StoreWriter(store) as writer,
+        # A lone surrogate in somebody's row becomes its JSON escape.
+        (store / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as quarantine,
+        tqdm(desc="preparing rows", unit=" rows", disable=not sys.stderr.isatty(), leave=False) as bar,
+    ):
+        for chunk, batch in _batches(work, files):
+            if data.drop_duplicates:
+                batch = _without_duplicates(batch, chunk, seen)
+            writer.append(batch.token_ids, batch.is_trained, batch.lengths, batch.num_trained)
+            outcomes.append(batch.outcomes)
+            numbers.append(batch.numbers)
+            file_of_row.append(np.full(len(batch.numbers), place_of_file[chunk.file.label], np.int32))
+            last_tokens.update(chain.from_iterable(batch.last_tokens))
+            counts.update(chain.from_iterable(batch.notes))
+            for row in batch.dropped:
+                quarantine.write(row.as_line())
+                shown = examples.setdefault(row.reason, [])
+                if len(shown) < EXAMPLES_PER_OUTCOME:
+                    shown.append({"row_id": row.row_id, "detail": row.detail})
+            bar.update(len(batch.numbers))
+    save_file(
+        {"outcome": np.concatenate(outcomes), "number": np.concatenate(numbers), "file": np.concatenate(file_of_row)},
+        store / "rows.safetensors",
+    )
+    end_tokens = special_ids(tokenizer)
+    write_json(
+        store / "prepared.json",
+        {
+            "files": [file.label for file in files],
+            "template": template.name,
+            "answers": last_tokens.total(),
+            "end_tokens": {str(t): count for t, count in sorted(last_tokens.items()) if t in end_tokens},
+            "end_token_texts": {str(t): tokenizer.convert_ids_to_tokens(t) for t in last_tokens if t in end_tokens},
+            "counts": counts,
+            "examples": examples,
+            "sha256": writer.sha256,
+            "bytes": {path.name: path.stat().st_size for path in sorted(store.iterdir())},
+            "key": key,
+        },
+    )
+
+
+def _format_of(file: DataFile, data: DataBlock) -> RowFormat:
+    """From the first rows of the file that are some."""
+    first_fault = ""
+    for chunk in read_chunks(file):
+        raws = list(rows_of(chunk))
+        rows = [raw.value for raw in raws if raw.value and not raw.fault]
+        if rows:
+            return choose_format(file.label, rows, file.source, data)
+        first_fault = first_fault or next(
+            (f"{file.label}:{raw.number}: {raw.fault or 'no columns'}" for raw in raws), ""
+        )
+    if first_fault:
+        raise DataError(f"No row of {file.label} can be read; the first is {first_fault}.")
+    raise DataError(f"{file.label} holds no rows.")
+
+
+def _without_duplicates(batch: Batch, chunk: Chunk, seen: set[bytes]) -> Batch:
+    """The batch with rows whose tokens were seen before as dropped ones."""
+    is_new = []
+    for digest in batch.digests:
+        is_new.append(digest not in seen)
+        seen.add(digest)
+    if all(is_new):
+        return batch
+    fresh = np.asarray(is_new)
+    places = np.flatnonzero(batch.outcomes == KEPT)[~fresh]
+    outcomes = batch.outcomes.copy()
+    outcomes[places] = DUPLICATE
+    raws = list(rows_of(chunk))
+    detail = "an earlier row has the same tokens"
+    again = [Dropped(f"{chunk.file.label}:{raws[p].number}", "duplicate", detail, as_json(raws[p])) for p in places]
+    of_fresh = np.repeat(fresh, batch.lengths)
+    return replace(
+        batch,
+        outcomes=outcomes,
+        token_ids=batch.token_ids[of_fresh],
+        is_trained=batch.is_trained[of_fresh],
+        lengths=batch.lengths[fresh],
+        num_trained=batch.num_trained[fresh],
+        last_tokens=list(compress(batch.last_tokens, is_new)),
+        notes=list(compress(batch.notes, is_new)),
+        dropped=batch.dropped + again,
+    )
+
+
+# ---- processes ----
+
+_work: Work  # of a process that prepares chunks
+
+
+def _batches(work: Work, files: Sequence[DataFile]) -> Iterator[tuple[Chunk, Batch]]:
+    """Every chunk and what became of it, in order, whichever process did it."""
+    chunks = (chunk for file in files for chunk in read_chunks(file))
+    num_processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
+    is_small = sum(_SMALL_BYTES if file.path is None else file.path.stat().st_size for file in files) < _SMALL_BYTES
+    if num_processes == 1 or is_small:
+        for chunk in chunks:
+            yield chunk, account_for(chunk, work)
+        return
+    # Forked, so that nothing need be pickled or imported again; the children touch neither torch nor ranks' sockets.
+    pool = ProcessPoolExecutor(num_processes, get_context("fork"), _start_process, (work,))
+    under_way: deque[tuple[Chunk, Future[Batch]]] = deque()
+    try:
+        for chunk in chunks:
+            under_way.append((chunk, pool.submit(_account_for, chunk)))
+            if len(under_way) >= _CHUNKS_PER_PROCESS * num_processes:
+                done, future = under_way.popleft()
+                yield done, future.result()
+        while under_way:
+            done, future = under_way.popleft()
+            yield done, future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "A process that prepared rows was killed, probably for its memory; give the job more, or fewer cores."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_process(work: Work) -> None:
+    global _work
+    preemption.end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken
+    gc.freeze()  # what was imported is not searched for garbage with every batch: a tenth of the time
+    _work = work
+
+
+def _account_for(chunk: Chunk) -> Batch:
+    return account_for(chunk, _work)
+
+
+# ---- split ----
+
+
+def _split(recipe: Recipe, source_of_sample: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.int64]]:
+    """Numbers of the samples of train and evaluation, a pure function of the recipe and of how many there are."""
+    data, seed = recipe.data, recipe.train.seed
+    sources: list[Source] = [*data.train, *data.evaluation]
+    usable = []
+    for number, source in enumerate(sources):
+        samples = np.flatnonzero(source_of_sample == number)
+        if source.max_rows is not None and len(samples) > source.max_rows:
+            samples = np.sort(_generator(seed, 1, number).permutation(samples)[: source.max_rows])
+        usable.append(samples)
+    train, evaluation = usable[: len(data.train)], usable[len(data.train) :]
+    candidates = np.sort(np.concatenate(train))
+    if data.evaluation or not len(candidates):
+        held_out = np.concatenate([candidates[:0], *evaluation])
+    else:
+        size = 0.1 if data.test_size is None else data.test_size
+        count = round(len(candidates) * size) if size < 1 else int(size)
+        held_out = candidates[np.random.Generator(np.random.PCG64(seed)).permutation(len(candidates))[:count]]
+    copies = []
+    for number, (source, samples) in enumerate(zip(data.train, train, strict=True)):
+        samples = np.setdiff1d(samples, held_out)
+        whole, part = divmod(source.weight, 1)
+        some = _generator(seed, 2, number).permutation(samples)[: round(part * len(samples))]
+        copies += [np.repeat(samples, int(whole)), some]
+    return {"train": np.sort(np.concatenate(copies)), "evaluation": np.sort(held_out)}
+
+
+def _generator(seed: int, purpose: int, number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([seed, purpose, number]))

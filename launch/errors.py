@@ -4,6 +4,10 @@
 class LaunchError(Exception):
     """One sentence: what is wrong, where, the value, the remedy, the valid choices."""
 
+    def __init__(self, sentence: str) -> None:
+        # It may quote somebody's row, and a terminal takes no lone surrogate.
+        super().__init__(sentence.encode("utf-8", "backslashreplace").decode())
+
 
 class ConfigError(LaunchError):
     """The recipe or its overrides."""
@@ -19,6 +23,10 @@ class DataError(LaunchError):
 
 class TemplateError(LaunchError):
     """A chat template, or a row that does not fit it."""
+
+
+class RefusedConversationError(TemplateError):
+    """What a chat template says of one conversation, which is that row's fault."""
 
 
 class ModelError(LaunchError):

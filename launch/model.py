@@ -1,6 +1,7 @@
 """The tokenizer and the base model, by hub id, by local path, or built on the spot."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from launch import tiny
 from launch.adapter import check_targets
 from launch.config import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.errors import ModelError, TemplateError
-from launch.templates import ChatTemplate, load_chat_template, marks_answers
+from launch.fingerprint import TINY_ROWS, fingerprint_tiny
+from launch.templates import ChatTemplate, load_chat_template
 
-TINY_ROWS = Path("configs/data/tiny_chat.jsonl")
 _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK_BYTES = 64, 65536
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -30,45 +31,45 @@ def resolve_base(recipe: Recipe, *, show_progress: bool = False) -> str:
     if recipe.model.name_or_path != TINY_MODEL_NAME:
         path = Path(recipe.model.name_or_path).expanduser()
         return str(path) if path.is_dir() else recipe.model.name_or_path
-    made_of = hashlib.sha256(Path(tiny.__file__).read_bytes() + TINY_ROWS.read_bytes()).hexdigest()[:8]
-    directory = Path(recipe.run.output_dir) / "base-models" / f"{TINY_MODEL_NAME}-{made_of}"
+    directory = Path(recipe.run.output_dir) / "base-models" / f"{TINY_MODEL_NAME}-{fingerprint_tiny()}"
     return str(tiny.build_tiny_base(directory, TINY_ROWS, show_progress=show_progress))
 
 
-def recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer that a run of this recipe would use, without building the tiny base for it."""
-    if recipe.model.name_or_path == TINY_MODEL_NAME:
-        return tiny.build_tiny_tokenizer(TINY_ROWS)
-    return load_tokenizer(resolve_base(recipe), recipe.model)
+def tokenizer_and_template(recipe: Recipe, base: str | None = None) -> tuple[PreTrainedTokenizerBase, ChatTemplate]:
+    """What turns the recipe's conversations into tokens; without `base`, the tiny base is not built for it."""
+    if base is None and recipe.model.name_or_path == TINY_MODEL_NAME:
+        tokenizer: PreTrainedTokenizerBase = tiny.build_tiny_tokenizer(TINY_ROWS)
+    else:
+        tokenizer = load_tokenizer(base or resolve_base(recipe), recipe.model)
+    return tokenizer, choose_template(recipe.data.template, tokenizer)
 
 
 def load_tokenizer(base: str, model: ModelBlock) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer. Raises ModelError when it cannot be loaded or gives no character offsets."""
+    """The base model's tokenizer. Raises ModelError when it cannot be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The tokenizer of {base} cannot be loaded: {_first_line(error)}") from None
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"The tokenizer of {base} is a slow one, which gives no character offsets to find the answers by."
-        )
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
 def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """The chat template of the recipe with the tokenizer's special tokens; `tokenizer` takes the model's own."""
+    """The chat template by name, with the tokenizer's special tokens; `tokenizer` takes the model's own.
+
+    Raises TemplateError when there is none of that name, or the model has none.
+    """
     tokens = {key: str(getattr(tokenizer, key) or "") for key in ("bos_token", "eos_token")}
     if name != "tokenizer":
-        template = load_chat_template(name)
-        return ChatTemplate(name, template.source, **tokens)
+        return replace(load_chat_template(name), **tokens)
     source = tokenizer.chat_template
-    if not isinstance(source, str) or not marks_answers(source):
+    if isinstance(source, dict):
+        source = source.get("default")
+    if not isinstance(source, str):
         raise TemplateError(
-            "data.template is tokenizer, but the model's own chat template does not mark its answers with "
-            "{% generation %}; name one of templates/chat instead."
+            "data.template is tokenizer, but this model has no chat template of its own; name one of templates/chat."
         )
     return ChatTemplate(name, source, **tokens)
 

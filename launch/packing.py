@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from launch.data import Samples
+from launch.samples import Samples
 from metrics.tokens import loss_and_sums
 
 # Largest difference, relative to the largest logit, between a sample packed behind another and the same sample

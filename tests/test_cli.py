@@ -38,7 +38,57 @@ def test_check_says_what_a_run_would_find(world: World) -> None:
         0,
         "The recipe, the base model's config, the adapter's targets and every row pass.",
     )
-    assert "50 rows: 40 trained, 10 evaluated" in out
+    assert "Rows 50: 40 trained, 10 evaluated; " in out
+    assert not world.run_directory("check").exists(), "a check leaves nothing behind"
+
+
+def test_data_says_what_became_of_every_row(world: World) -> None:
+    rows = world.rows.read_text(encoding="utf-8") + '{"input": "a"}\n{"input": "b", "output": ""}\nno JSON\n'
+    path = world.directory / "some-bad.jsonl"
+    path.write_text(rows, encoding="utf-8")
+    recipe = world.recipe("data", data={"train": str(path), "max_dropped_share": 0.1})
+    directory = world.run_directory("data")
+    code, out, err = python_m_launch("data", recipe)
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80 or str(directory) in out
+    for line in (
+        "  rows                53 in some-bad.jsonl",
+        "    trained           40   75.5%",
+        "    evaluated         10   18.9%",
+        "    empty answer       1    1.9%, some-bad.jsonl:52",
+        "    malformed          2    3.8%, some-bad.jsonl:51, some-bad.jsonl:53",
+        "  answers             50 trained, 100.0% end with <|im_end|>",
+    ):
+        assert line in out.splitlines()
+    assert f"{directory}: now prepared" in out.splitlines()[-1]
+    reasons = [json.loads(line)["reason"] for line in (directory / "quarantine.jsonl").read_text().splitlines()]
+    assert reasons == ["malformed", "empty answer", "malformed"]
+    assert len((directory / "evaluation_rows.txt").read_text().splitlines()) == 10
+    code, again, _ = python_m_launch("data", recipe)
+    assert code == 0 and again.splitlines()[:-1] == out.splitlines()[:-1]
+    assert f"{directory}: as prepared before" in again
+    code, _, err = python_m_launch("data", recipe, "--strict")
+    assert (code, err) == (1, "--strict: 3 rows were dropped.\n")
+    code, _, err = python_m_launch("data", recipe, "data.max_dropped_share=0.05")
+    assert code == 2 and err.startswith("Refused: 3 of 53 rows are dropped (1 empty answer, 2 malformed), more than")
+    assert python_m_launch("data", world.recipe("clean"), "--strict")[0] == 0
+
+
+def test_data_then_a_run_prepares_once(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe("once", train={"max_steps": 2})
+    assert python_m_launch("data", recipe)[0] == 0
+    store = world.run_directory("once") / "data" / "token_ids.int32"
+    before = store.stat().st_mtime_ns
+    launch(recipe, 2)
+    assert store.stat().st_mtime_ns == before
+    assert "  rows          50: 40 trained, 10 evaluated; data_report.json has every one" in capfd.readouterr().out
+
+
+def test_data_of_a_busy_run_are_left_alone(world: World) -> None:
+    recipe = world.recipe("in-use")
+    with runs.open_run(world.run_directory("in-use")):
+        code, _, err = python_m_launch("data", recipe)
+    assert code == 2 and "Another process is running in" in err
 
 
 BAD = [
@@ -46,14 +96,14 @@ BAD = [
     ("train.global_batch_size=0", "train.global_batch_size = 0 is not valid"),
     ("train.seed=soon", "train.seed = 'soon' is not valid"),
     ("data.train=nowhere.jsonl", "There is no data file nowhere.jsonl"),
-    ("data.train={directory}/broken.jsonl", "line 2 is not JSON"),
+    ("data.train={directory}/broken.jsonl", "broken.jsonl:2: not JSON: "),
     ("data.train={directory}/empty.jsonl", "holds no rows"),
     ("data.prompt_template=alpaca", "templates/prompt/alpaca.jinja names a missing column: 'instruction'"),
     ("data.template=lama2", "There is no chat template 'lama2'; the valid names are"),
     ("model.name_or_path=./nowhere", "model.name_or_path = ./nowhere does not exist"),
     ("run.report_to=[paper]", "'paper' is not a tracker"),
     ("adapter.target_modules=[q_proj,v_porj]", "no module of the model is named 'v_porj'; did you mean v_proj?"),
-    ("data.template=tokenizer", "does not mark its answers with {% generation %}"),
+    ("data.template=tokenizer", "this model has no chat template of its own; name one"),
 ]
 
 

@@ -58,6 +58,7 @@ def test_without_a_recipe_the_default_runs() -> None:
         ("train: {warmup_steps: 5, warmup_ratio: 0.1}", "keep one"),
         ("run: {name: ../elsewhere}", "run.name = '../elsewhere' is not valid"),
         ("train: {max_tokens_per_micro_batch: 100}", "the longest sample would fit no micro-batch"),
+        ("train: {learning_rate: .inf}", "train.learning_rate = inf is not valid: input should be a finite number"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
@@ -65,6 +66,36 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, text: str, senten
         load(tmp_path, MINIMAL + text)
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ("train: [{pth: rows.jsonl}]", "data.train[0].pth is not a recipe key; did you mean data.train[0].path?"),
+        ("train: [{path: rows.jsonl, weight: 0}]", "data.train[0].weight = 0 is not valid: input should be greater"),
+        ("train: [3]", "data.train: a source is a path or {path: ..., weight: ...}, but this is 3."),
+        ("train: []", "data.train = () is not valid: tuple should have at least 1 item"),
+        ("train: a, evaluation: b, test_size: 0.1", "data.evaluation and data.test_size are both set; keep one"),
+        ("train: a, evaluation: [{path: b, weight: 2}]", "data.evaluation has a weight, but every held-out row counts"),
+        ("train: a, format: messages, prompt_template: alpaca", "a has both a format (messages) and a prompt_template"),
+        ("train: a, test_size: .inf", "data.test_size = inf is not valid: input should be a finite number"),
+        ("train: a, bad_rows: drop", "data.bad_rows = 'drop' is not valid: input should be 'quarantine' or 'error'"),
+    ],
+)
+def test_what_is_wrong_with_the_sources(tmp_path: Path, data: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, f"model: {{name_or_path: base}}\ndata: {{template: chatml, {data}}}")
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_source_may_be_a_path_or_a_list(tmp_path: Path) -> None:
+    head = "model: {name_or_path: base}\ndata: {template: chatml, train: "
+    one, several = load(tmp_path, head + "a}"), load(tmp_path, head + "[a, {path: b, weight: 2, max_rows: 5}]}")
+    assert [source.path for source in one.data.train] == ["a"] and one.data.train == several.data.train[:1]
+    assert (several.data.train[1].weight, several.data.train[1].max_rows) == (2.0, 5)
+    (tmp_path / "again.yaml").write_text(dump_recipe(several), encoding="utf-8")
+    assert load_recipe(tmp_path / "again.yaml").data == several.data
 
 
 def test_a_missing_recipe_names_those_that_ship() -> None:

@@ -48,7 +48,7 @@ def test_its_last_lines_say_what_to_do_next(demo: tuple[Path, str]) -> None:
 
 def test_the_merged_model_answers_held_out_rows(demo: tuple[Path, str]) -> None:
     directory, _ = demo
-    held_out = json.loads((directory / "data_report.json").read_text(encoding="utf-8"))["evaluation_row_ids"]
+    held_out = (directory / "evaluation_rows.txt").read_text(encoding="utf-8").splitlines()
     rows = (ROOT / "configs/data/tiny_chat.jsonl").read_text(encoding="utf-8").splitlines()
     tokenizer = AutoTokenizer.from_pretrained(directory / "merged")
     model = AutoModelForCausalLM.from_pretrained(directory / "merged")

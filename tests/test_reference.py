@@ -1,5 +1,6 @@
 """The step against plain transformers + peft on one process, and token accuracy against a slow loop."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ from conftest import World, launch, run_ranks
 from deepspeed.utils import safe_get_full_grad
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from launch import batching
 from launch import engine as engines
 from launch.adapter import add_adapter
 from launch.checkpoint import path_of_step
 from launch.config import Recipe, load_recipe
-from launch.data import Samples, prepare
-from launch.model import choose_template, load_base
+from launch.data import prepare
+from launch.model import load_base, tokenizer_and_template
 from launch.packing import batch_loss, collate
+from launch.samples import Samples
 
 ADAPTER = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
 
@@ -33,9 +35,9 @@ def perturb(model: torch.nn.Module) -> None:
 
 
 def samples_of(recipe: Recipe) -> tuple[Samples, Samples]:
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)
-    prepared = prepare(recipe, tokenizer, choose_template(recipe.data.template, tokenizer))
-    return prepared.train, prepared.evaluation
+    with tempfile.TemporaryDirectory() as directory:
+        prepared = prepare(recipe, Path(directory), lambda: tokenizer_and_template(recipe))
+        return prepared.samples("train"), prepared.samples("evaluation")
 
 
 def our_step(recipe_path: Path) -> tuple[float, dict[str, Any]]:
