@@ -108,9 +108,9 @@ def train(recipe: Recipe) -> None:
 
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
     base = load_base(found["base"], recipe.model, precision)
-    model = add_adapter(base, recipe.adapter, seed=recipe.train.seed, dtype=DTYPES[precision])
+    model = add_adapter(base, recipe.adapter, base=found["base"], seed=recipe.train.seed, dtype=DTYPES[precision])
     generation_config = serving_generation_config(base, found["end_token_ids"])
-    if recipe.run.merge:
+    if recipe.merges:
         merging.plan_merge(model)  # refuses now what it could not merge at the end
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -119,7 +119,9 @@ def train(recipe: Recipe) -> None:
         checkpoints.restore(checkpoint, engine)
 
     # ---- optimizer steps ---------------------------------------------------------------------------------------------
-    packed, packing = choose_packing(recipe.train.packing, engine, base, samples, accelerator.device)
+    packed, packing = choose_packing(
+        recipe.train.packing, recipe.adapter.num_virtual_tokens, engine, base, samples, accelerator.device
+    )
     select = selects_logits(base)
     job = Job(recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, select, found["identity"])
     if accelerator.is_main_process:
@@ -135,7 +137,7 @@ def train(recipe: Recipe) -> None:
     merged = recipe.run_directory / "merged"
     if accelerator.is_main_process:
         checkpoints.export_adapter(last, recipe.run_directory / "adapter")
-    if recipe.run.merge:
+    if recipe.merges:
         merging.merge(
             model,
             tokenizer,
@@ -271,14 +273,17 @@ class Job:
 
     def micro_batches(self, samples: Samples, ids: Sequence[int]) -> list[batching.MicroBatch]:
         """This rank's micro-batches of these samples; every rank has as many."""
-        lengths = samples.lengths[list(ids)].tolist()
+        lengths = (samples.lengths[list(ids)] + self.recipe.adapter.num_virtual_tokens).tolist()
         budget = self.recipe.train.max_tokens_per_micro_batch
         return batching.lay_out(ids, lengths, budget, dist.get_world_size(), padded=not self.packed)[dist.get_rank()]
 
     def loss(self, samples: Samples, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
         """(summed loss, its sums, cells computed) of one micro-batch."""
         batch = collate(samples, ids, self.accelerator.device, packed=self.packed)
-        loss_sum, sums = batch_loss(self.engine, batch, select=self.select)
+        # The keys and values of prefix tuning have no columns in the logits.
+        adapter = self.recipe.adapter
+        virtual_columns = 0 if adapter.type == "prefix_tuning" else adapter.num_virtual_tokens
+        loss_sum, sums = batch_loss(self.engine, batch, select=self.select, virtual_columns=virtual_columns)
         return loss_sum, sums, batch.input_ids.numel()
 
 
@@ -342,7 +347,7 @@ def closing_lines(recipe: Recipe) -> str:
     """Where everything is, and what to do next."""
     directory = recipe.run_directory
     rows = [("adapter", str(directory / "adapter")), ("metrics", str(directory / "metrics.jsonl"))]
-    if recipe.run.merge:
+    if recipe.merges:
         rows.insert(0, ("merged model", str(directory / "merged")))
     return f"\n{format_table(rows)}\nA real model:\n  {LAUNCH_COMMAND} \\\n    {FLAGSHIP} data.train=ROWS.jsonl"
 

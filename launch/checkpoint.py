@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from launch import engine as engines
-from launch.adapter import ADAPTER_NAME
-from launch.config import Recipe, RunBlock
+from launch.adapter import ADAPTER_NAME, exported_state
+from launch.config import ADAPTERS, Recipe, RunBlock
 from launch.errors import CheckpointError
 from launch.runs import write_json
 
@@ -98,10 +98,7 @@ def save_checkpoint(
     def write_files(directory: Path) -> None:
         save_file(tensors, directory / "optimizer.safetensors")
         masters = {name.removesuffix(".master"): t for name, t in tensors.items() if name.endswith(".master")}
-        export = get_peft_model_state_dict(
-            model, state_dict=masters, adapter_name=ADAPTER_NAME, save_embedding_layers=False
-        )
-        save_file(export, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(exported_state(model, masters), directory / "adapter_model.safetensors", metadata={"format": "pt"})
         model.peft_config[ADAPTER_NAME].save_pretrained(str(directory))
         tokenizer.save_pretrained(str(directory))
         write_json(directory / "state.json", state)
@@ -252,9 +249,10 @@ def _saved_value(recipe: Mapping[str, Any], block: str, key: str) -> Any:
     """What a saved recipe has, or the default of a key that was added to the project since."""
     if key in recipe.get(block, {}):
         return recipe[block][key]
-    owner = Recipe.model_fields[block].annotation
+    owner: Any = ADAPTERS[recipe["adapter"]["type"]] if block == "adapter" else Recipe.model_fields[block].annotation
     assert isinstance(owner, type) and issubclass(owner, BaseModel)
-    return owner.model_fields[key].get_default(call_default_factory=False)
+    field = owner.model_fields.get(key)  # none: another type of adapter has it
+    return field.get_default(call_default_factory=False) if field else None
 
 
 def _by_step(directory: Path) -> list[Path]:

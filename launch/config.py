@@ -82,15 +82,63 @@ class DataBlock(Block):
     max_dropped_share: float = Field(0.05, ge=0, le=1)  # of all rows
 
 
-class AdapterBlock(Block):
-    """The LoRA adapter, in PEFT's names."""
+class LoraBlock(Block):
+    """LoRA, in PEFT's names."""
 
     type: Literal["lora"] = "lora"
     r: int = Field(8, ge=1)
     lora_alpha: int = Field(16, ge=1)
     lora_dropout: float = Field(0.05, ge=0, lt=1)
-    target_modules: Names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    # A list of names, all-linear (but the output head), or a regular expression for whole paths; None: the family's.
+    target_modules: Names | str | None = None
     modules_to_save: Names = ()
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens before each sample that no row holds."""
+        return 0
+
+
+class PromptTuningBlock(Block):
+    """Prompt tuning: trained embeddings before each sample; in PEFT's names."""
+
+    type: Literal["prompt_tuning"]
+    num_virtual_tokens: int = Field(10, ge=1)
+    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
+    prompt_tuning_init_text: str | None = None
+
+
+class PTuningBlock(Block):
+    """P-tuning: embeddings before each sample that an encoder makes; in PEFT's names."""
+
+    type: Literal["p_tuning"]
+    num_virtual_tokens: int = Field(10, ge=1)
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
+    encoder_hidden_size: int | None = Field(None, ge=1)  # None: the model's
+    encoder_num_layers: int = Field(2, ge=1)
+    encoder_dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class PrefixTuningBlock(Block):
+    """Prefix tuning: trained keys and values before each sample in every layer; in PEFT's names."""
+
+    type: Literal["prefix_tuning"]
+    num_virtual_tokens: int = Field(10, ge=1)
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = Field(None, ge=1)  # of the projection; None: the model's
+
+
+ADAPTERS: dict[str, type[Block]] = {
+    "lora": LoraBlock,
+    "p_tuning": PTuningBlock,
+    "prefix_tuning": PrefixTuningBlock,
+    "prompt_tuning": PromptTuningBlock,
+}
+AdapterBlock = LoraBlock | PTuningBlock | PrefixTuningBlock | PromptTuningBlock
+
+
+def _typed(value: object) -> object:
+    return {"type": "lora", **value} if isinstance(value, dict) else value
 
 
 class TrainBlock(Block):
@@ -125,7 +173,7 @@ class RunBlock(Block):
     name: str = Field(pattern=_RUN_NAME.pattern, max_length=100)  # one path component
     output_dir: str = "runs"
     report_to: Names = ()
-    merge: bool = True
+    merge: bool | None = None  # None: yes with LoRA; soft prompts cannot be merged
     merge_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # auto: the trained type, 16-bit for fp32
     max_shard_size_bytes: int = Field(4_000_000_000, ge=1)
     process_group_timeout_seconds: int = Field(1800, ge=10)
@@ -136,15 +184,17 @@ class Recipe(Block):
 
     model: ModelBlock
     data: DataBlock
-    adapter: AdapterBlock = AdapterBlock()
+    adapter: Annotated[AdapterBlock, Field(discriminator="type"), BeforeValidator(_typed)] = LoraBlock()
     train: TrainBlock = TrainBlock()
     run: RunBlock
 
     @model_validator(mode="after")
     def _agree(self) -> "Recipe":
-        if self.data.max_length > self.train.max_tokens_per_micro_batch:
+        virtual = self.adapter.num_virtual_tokens
+        if self.data.max_length + virtual > self.train.max_tokens_per_micro_batch:
+            also = f" and adapter.num_virtual_tokens = {virtual} are" if virtual else " is"
             raise ValueError(
-                f"data.max_length = {self.data.max_length} is more than train.max_tokens_per_micro_batch = "
+                f"data.max_length = {self.data.max_length}{also} more than train.max_tokens_per_micro_batch = "
                 f"{self.train.max_tokens_per_micro_batch}, so the longest sample would fit no micro-batch; "
                 "raise the second or lower the first"
             )
@@ -161,9 +211,43 @@ class Recipe(Block):
             raise ValueError("data.evaluation and data.test_size are both set; keep one")
         if self.train.warmup_steps and self.train.warmup_ratio:
             raise ValueError("train.warmup_steps and train.warmup_ratio are both set; keep one")
-        if not self.adapter.target_modules:
-            raise ValueError("adapter.target_modules is empty; name the modules that get an adapter, such as q_proj")
+        self._check_adapter()
         return self
+
+    def _check_adapter(self) -> None:
+        adapter = self.adapter
+        if isinstance(adapter, LoraBlock):
+            if adapter.target_modules is not None and not adapter.target_modules:
+                raise ValueError("adapter.target_modules is empty; name modules such as q_proj, or leave it out")
+            return
+        if self.run.merge:
+            raise ValueError(
+                f"run.merge is true, but the soft prompts of {adapter.type} are no weights of the base that could be "
+                "merged; leave it out, and serve the base with the adapter"
+            )
+        if isinstance(adapter, PrefixTuningBlock) and self.train.gradient_checkpointing:
+            raise ValueError(
+                "train.gradient_checkpointing throws the keys and values away that prefix_tuning is made of; set it to "
+                "false, or take another adapter.type"
+            )
+        if isinstance(adapter, PrefixTuningBlock) and adapter.encoder_hidden_size and not adapter.prefix_projection:
+            raise ValueError("adapter.encoder_hidden_size belongs to a projection; set adapter.prefix_projection: true")
+        if isinstance(adapter, PTuningBlock) and adapter.encoder_reparameterization_type == "MLP":
+            asked = adapter.encoder_num_layers != 2 or adapter.encoder_dropout
+            if asked:
+                raise ValueError(
+                    "adapter.encoder_num_layers and encoder_dropout are the LSTM encoder's (an MLP always has two "
+                    "layers and no dropout); set adapter.encoder_reparameterization_type: LSTM"
+                )
+        if isinstance(adapter, PromptTuningBlock):
+            is_of_text = adapter.prompt_tuning_init == "TEXT"
+            if is_of_text != bool(adapter.prompt_tuning_init_text):
+                raise ValueError("adapter.prompt_tuning_init: TEXT and prompt_tuning_init_text go together; set both")
+
+    @property
+    def merges(self) -> bool:
+        """Whether the run ends with merged weights."""
+        return isinstance(self.adapter, LoraBlock) and self.run.merge is not False
 
     @property
     def run_directory(self) -> Path:
@@ -274,13 +358,20 @@ def _sentence(path: Path, error: ValidationError) -> str:
         return f"{path}: {where} is required and not given."
     if first["type"] == "value_error":
         return f"{path}: {where + ': ' if where else ''}{first['ctx']['error']}."
+    if first["type"] == "union_tag_invalid":
+        return f"{path}: {where}.type = {first['ctx']['tag']!r} is not valid; the valid ones are {', '.join(ADAPTERS)}."
     reason = first["msg"][0].lower() + first["msg"][1:]
     return f"{path}: {where} = {first['input']!r} is not valid: {reason}."
 
 
 def _where(location: Sequence[int | str]) -> str:
-    """`data.train[0].path`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+    """`data.train[0].path`; the kind of an adapter, which pydantic puts between, is no key."""
+    parts = [
+        part
+        for place, part in enumerate(location)
+        if not (place == 1 and location[0] == "adapter" and part in ADAPTERS)
+    ]
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 
 
 def _owner(location: Sequence[int | str]) -> type[BaseModel]:
@@ -288,10 +379,14 @@ def _owner(location: Sequence[int | str]) -> type[BaseModel]:
     for part in location:
         if isinstance(part, int):
             owner = Source  # the only list of blocks
-            continue
-        annotation = owner.model_fields[part].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            owner = annotation
+        elif part == "adapter":
+            owner = LoraBlock
+        elif owner is LoraBlock and part in ADAPTERS:
+            owner = ADAPTERS[part]
+        else:
+            annotation = owner.model_fields[part].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                owner = annotation
     return owner
 
 

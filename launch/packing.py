@@ -68,9 +68,14 @@ def collate(samples: Samples, ids: Sequence[int], device: torch.device, *, packe
     )
 
 
-def batch_loss(model: torch.nn.Module, batch: Batch, *, select: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`loss_and_sums` of a micro-batch; `select`: the model can compute logits at chosen columns only."""
-    logits = _logits(model, batch, select=select)
+def batch_loss(
+    model: torch.nn.Module, batch: Batch, *, select: bool, virtual_columns: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`loss_and_sums` of a micro-batch; `select`: the model can compute logits at chosen columns only.
+
+    `virtual_columns`: so many columns of the logits stand before the first token, those of a soft prompt.
+    """
+    logits = _logits(model, batch, select=select, virtual_columns=virtual_columns)
     return loss_and_sums(logits, batch.targets)
 
 
@@ -80,11 +85,18 @@ def selects_logits(model: torch.nn.Module) -> bool:
 
 
 def choose_packing(
-    wanted: str, engine: torch.nn.Module, base: torch.nn.Module, samples: Samples, device: torch.device
+    wanted: str,
+    num_virtual_tokens: int,
+    engine: torch.nn.Module,
+    base: torch.nn.Module,
+    samples: Samples,
+    device: torch.device,
 ) -> tuple[bool, str]:
     """(packed, why): the real model is probed for leaks between packed samples. Call on all ranks."""
     if wanted == "off":
         return False, "padded: the recipe says so"
+    if num_virtual_tokens:
+        return False, f"padded: {num_virtual_tokens} virtual tokens stand before each sample"
     if not _accepts(base, "position_ids", "logits_to_keep"):
         return False, f"padded: {type(base).__name__} takes no position_ids or logits_to_keep"
     engine.eval()
@@ -119,9 +131,9 @@ def _accepts(model: torch.nn.Module, *names: str) -> bool:
     return set(names) <= inspect.signature(model.forward).parameters.keys()
 
 
-def _logits(model: torch.nn.Module, batch: Batch, *, select: bool) -> torch.Tensor:
+def _logits(model: torch.nn.Module, batch: Batch, *, select: bool, virtual_columns: int) -> torch.Tensor:
     """[positions, vocab]; a micro-batch without targets gives the one row that its backward pass starts from."""
-    rows, columns = batch.row_index, batch.column_index
+    rows, columns = batch.row_index, batch.column_index + virtual_columns
     if batch.targets.numel() == 0:
         rows = columns = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
     arguments = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}

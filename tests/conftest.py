@@ -133,7 +133,8 @@ class World:
             "run": {"name": name, "output_dir": str(self.directory / "runs"), "merge": False},
         }
         for block, values in blocks.items():
-            tree[block] |= values
+            is_other_adapter = "type" in values and block == "adapter"
+            tree[block] = values if is_other_adapter else tree[block] | values
         path = self.directory / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree), encoding="utf-8")
         return path

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import World, launch, run_ranks
 from deepspeed.utils import safe_get_full_grad
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
@@ -24,6 +24,11 @@ from launch.model import load_base, tokenizer_and_template
 from launch.packing import batch_loss, collate
 from launch.samples import Samples
 
+SOFT_PROMPTS = {
+    "p_tuning": PromptEncoderConfig,
+    "prefix_tuning": PrefixTuningConfig,
+    "prompt_tuning": PromptTuningConfig,
+}
 ADAPTER = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
 
 
@@ -48,17 +53,20 @@ def our_step(recipe_path: Path) -> tuple[float, dict[str, Any]]:
     engines.quiet_libraries()
     accelerator = engines.create_accelerator(recipe, "fp32")
     base = load_base(recipe.model.name_or_path, recipe.model, "fp32")
-    model = add_adapter(base, recipe.adapter, seed=settings.seed, dtype=torch.float32)
+    name = recipe.model.name_or_path
+    model = add_adapter(base, recipe.adapter, base=name, seed=settings.seed, dtype=torch.float32)
     perturb(model)
     engine = engines.start_engine(accelerator, model, settings)
     ids = batching.step_samples(0, len(samples), settings.global_batch_size, 10_000, settings.seed)
     lengths = samples.lengths[ids].tolist()
-    mine = batching.lay_out(ids, lengths, settings.max_tokens_per_micro_batch, dist.get_world_size())[dist.get_rank()]
+    adapter, budget = recipe.adapter, settings.max_tokens_per_micro_batch
+    packed = adapter.num_virtual_tokens == 0
+    virtual_columns = 0 if adapter.type == "prefix_tuning" else adapter.num_virtual_tokens
+    mine = batching.lay_out(ids, lengths, budget, dist.get_world_size(), padded=not packed)[dist.get_rank()]
     sums = torch.zeros(3, dtype=torch.float64)
     for index, micro_batch in enumerate(mine):
-        loss, micro_sums = batch_loss(
-            engine, collate(samples, micro_batch, accelerator.device, packed=True), select=True
-        )
+        batch = collate(samples, micro_batch, accelerator.device, packed=packed)
+        loss, micro_sums = batch_loss(engine, batch, select=True, virtual_columns=virtual_columns)
         engines.backward(engine, loss / int(samples.num_trained[ids].sum()), is_last=index == len(mine) - 1)
         sums += micro_sums
     dist.all_reduce(sums)
@@ -83,7 +91,12 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(world: World, num
 def their_model(recipe: Recipe) -> torch.nn.Module:
     base = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.float32)
     torch.manual_seed(recipe.train.seed)
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, lora_dropout=0.0, **ADAPTER))
+    config = LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, lora_dropout=0.0, **ADAPTER)
+    if recipe.adapter.type != "lora":
+        given = recipe.adapter.model_dump(exclude={"type"})
+        source = {"tokenizer_name_or_path": recipe.model.name_or_path} if given.get("prompt_tuning_init_text") else {}
+        config = SOFT_PROMPTS[recipe.adapter.type](task_type="CAUSAL_LM", **given, **source)
+    return get_peft_model(base, config)
 
 
 def their_loss(model: torch.nn.Module, samples: Samples, ids: list[int]) -> torch.Tensor:

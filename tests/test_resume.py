@@ -50,7 +50,7 @@ def dtypes_under_fp16(recipe_path: Path) -> dict[str, set[torch.dtype]]:
     engines.quiet_libraries()
     accelerator = engines.create_accelerator(recipe, "fp16")
     base = load_base(recipe.model.name_or_path, recipe.model, "fp16")
-    model = add_adapter(base, recipe.adapter, seed=0, dtype=torch.float16)
+    model = add_adapter(base, recipe.adapter, base=recipe.model.name_or_path, seed=0, dtype=torch.float16)
     engine = engines.start_engine(accelerator, model, recipe.train)
     masters = {group.dtype for group in engine.optimizer.fp32_partitioned_groups_flat}
     return {"masters": masters, "weights": {parameter.dtype for parameter in engine.module.parameters()}}
