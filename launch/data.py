@@ -30,15 +30,22 @@ from tqdm import tqdm
 from launch import preemption
 from launch.config import DataBlock, Recipe, Source
 from launch.data_report import build_report, check_report
-from launch.errors import DataError
+from launch.errors import DataError, TemplateError
 from launch.fingerprint import digest_of, fingerprint_file, fingerprint_tokenizer
 from launch.formats import BadRowError, Conversation, RowFormat, choose_format
 from launch.ledger import DUPLICATE, KEPT, Batch, Dropped, Work, account_for, as_json, conversation_of
 from launch.rows import Chunk, DataFile, find_files, hub_fingerprint, read_chunks, rows_of
 from launch.runs import write_json
 from launch.samples import Samples, StoreWriter, save_split
-from launch.templates import ChatTemplate, load_chat_template, load_prompt_template, prove_mask
-from launch.tokens import special_ids, special_pattern
+from launch.templates import (
+    KNOWN_CONVERSATION,
+    ChatTemplate,
+    load_chat_template,
+    load_prompt_template,
+    prove_mask,
+    render_chat,
+)
+from launch.tokens import special_ids, special_pattern, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -205,6 +212,7 @@ def _row_ids(store: Path, samples: Sequence[int] | npt.NDArray[np.int64]) -> lis
 def _fill(store: Path, key: str, data: DataBlock, files: Sequence[DataFile], tools: Tools) -> None:
     tokenizer, template = tools
     prove_mask(template)
+    _check_stop_token(tokenizer, template)
     formats = {file.label: _format_of(file, data) for file in files}
     work = Work(data, formats, template, tokenizer, special_pattern(tokenizer))
     outcomes, numbers, file_of_row = [np.zeros(0, np.uint8)], [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
@@ -254,6 +262,18 @@ def _fill(store: Path, key: str, data: DataBlock, files: Sequence[DataFile], too
             "key": key,
         },
     )
+
+
+def _check_stop_token(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> None:
+    """Before hours of preparation: the end of an answer must be a token that generation can stop at."""
+    (tokens,) = tokenise([render_chat(template, KNOWN_CONVERSATION)], [[True, True]], tokenizer)
+    last = int(tokens.ids[tokens.answer_ends[-1]])
+    if last not in special_ids(tokenizer):
+        raise TemplateError(
+            f"An answer of the template {template.name} ends with {tokenizer.decode([last])!r}, which is no special "
+            "token of this tokenizer, so that the model would never learn to stop; choose the data.template of this "
+            "model, or a base whose tokenizer has the end token of this one."
+        )
 
 
 def _format_of(file: DataFile, data: DataBlock) -> RowFormat:

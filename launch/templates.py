@@ -41,6 +41,14 @@ class Message(TypedDict):
     name: NotRequired[str]  # of the tool that speaks
 
 
+KNOWN_CONVERSATION = [
+    Message(role="user", content="Qa17"),
+    Message(role="assistant", content="Ax29"),
+    Message(role="user", content="Qb31"),
+    Message(role="assistant", content="Ay43"),
+]
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A conversation as text."""
@@ -126,9 +134,7 @@ def prove_mask(template: ChatTemplate) -> None:
     Raises TemplateError when a span begins inside its prompt (a mask that trains questions, or everything), when it
     does not hold the answer, or when the prompt is not what stands before the answer.
     """
-    turns = [("user", "Qa17"), ("assistant", "Ax29"), ("user", "Qb31"), ("assistant", "Ay43")]
-    conversations = [[Message(role=role, content=text) for role, text in turns[:length]] for length in (2, 4)]
-    for conversation in conversations:
+    for conversation in (KNOWN_CONVERSATION[:2], KNOWN_CONVERSATION):
         rendered = render_chat(template, conversation)
         text = rendered.text
         for (start, end), index in zip(rendered.answers, range(1, len(conversation), 2), strict=True):
@@ -310,8 +316,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     """Finds `message.role` of a plain dict without trying for an attribute first, which is most of a rendering."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
-            return obj[attribute]
+        if type(obj) is dict and not hasattr(dict, attribute):
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
 
 

@@ -22,6 +22,7 @@ from launch import data as preparing
 from launch import rows as reading
 from launch.config import Recipe
 from launch.data import Prepared, first_conversations, prepare
+from launch.data_report import check_report
 from launch.errors import DataError, TemplateError
 from launch.formats import RowFormat
 from launch.ledger import OUTCOMES, Work, account_for
@@ -281,7 +282,7 @@ def test_rows_that_are_odd_and_good(tmp_path: Path, base: Path, content: str) ->
          r"2 of 19 rows are dropped \(1 empty answer, 1 malformed\), more than data\.max_dropped_share = 0\.1; the first "
          r"is a\.jsonl:18: message 2 of 2; .*quarantine\.jsonl lists what was dropped"),
         ([GOOD] * 3, {"test_size": 3}, r"No row is left to train on: 3 evaluated; lower data\.test_size"),
-        ([GOOD], {"template": "llama3"}, r"None of the 1 trained answers ends with a special token of the tokenizer, so"),
+        ([GOOD], {"template": "llama3"}, r"An answer of the template llama3 ends with '>', which is no special token of this tokenizer, so that the model"),
         ([{"messages": ["a", "b"], "tools": [{"name": "f"}]}], {},
          r"1 malformed; the first is a\.jsonl:1: The template chatml has no place for tools; choose one of chatglm3, glm4"),
     ],
@@ -294,6 +295,21 @@ def test_what_a_run_must_not_start_with(
         run(tmp_path, base, path, **data)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "data").exists()
+
+
+def test_answers_that_never_stop_are_refused_whatever_the_template_does(tmp_path: Path, base: Path) -> None:
+    """The whole set is looked at, too: a template may end some answers and not others."""
+    report = run(tmp_path, base, write(tmp_path / "a.jsonl", [GOOD, GOOD])).report
+    check_report(report, 0.0, must_evaluate=False)
+    report["answers"]["stop_tokens"] = {}
+    with pytest.raises(DataError, match="None of the 2 trained answers ends with a special token of the tokenizer, so"):
+        check_report(report, 0.0, must_evaluate=False)
+    report["answers"]["stop_tokens"] = {"<|im_end|>": 2}
+    report["train"]["trained_tokens"] = report["train"]["tokens"] - 2
+    with pytest.raises(
+        DataError, match="The template chatml trains every token, questions included; its mask is wrong"
+    ):
+        check_report(report, 0.0, must_evaluate=False)
 
 
 def test_a_refused_set_says_which_rows(tmp_path: Path, base: Path) -> None:
