@@ -45,9 +45,7 @@ class Source(Block):
     format: Format | None = None
     prompt_template: str | None = None
     answer_column: str | None = None
-    weight: float = Field(
-        1.0, gt=0, le=100
-    )  # copies of each row in an epoch; 0.25: one row in four, chosen by the seed
+    weight: float = Field(1.0, gt=0, le=100)  # copies of a row in an epoch; 0.25: one row in four, chosen by the seed
     max_rows: int | None = Field(None, ge=1)  # at most so many usable rows, chosen by the seed
 
 
@@ -198,13 +196,12 @@ class Recipe(Block):
                 f"{self.train.max_tokens_per_micro_batch}, so the longest sample would fit no micro-batch; "
                 "raise the second or lower the first"
             )
-        for source in (*self.data.train, *self.data.evaluation):
-            prompt_template = source.prompt_template or (self.data.prompt_template if source.format is None else None)
-            named = source.format or self.data.format
-            if prompt_template is not None and named != "auto":
-                raise ValueError(
-                    f"{source.path} has both a format ({named}) and a prompt_template ({prompt_template}); keep one"
-                )
+        blocks: list[DataBlock | Source] = [self.data, *self.data.train, *self.data.evaluation]
+        for block in blocks:  # a source's own goes before the block's
+            if block.format not in (None, "auto") and block.prompt_template is not None:
+                name = block.path if isinstance(block, Source) else "data"
+                both = f"a format ({block.format}) and a prompt_template ({block.prompt_template})"
+                raise ValueError(f"{name} has both {both}; keep one")
         if any(source.weight != 1 for source in self.data.evaluation):
             raise ValueError("data.evaluation has a weight, but every held-out row counts once; leave it out")
         if self.data.evaluation and self.data.test_size:
