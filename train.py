@@ -34,7 +34,7 @@ from launch.checkpoint import Resumable
 from launch.config import Recipe, dump_recipe, intended_run_directory, parse_command_line
 from launch.data import prepare
 from launch.data_report import outcomes_line
-from launch.errors import LaunchError
+from launch.errors import DataError, LaunchError
 from launch.model import (
     DTYPES,
     check_adapter_fits,
@@ -129,14 +129,25 @@ def train(recipe: Recipe) -> None:
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     accelerator.init_trackers(recipe.run.name)
-    if not optimizer_steps(job, checkpoint, found["last_evaluation"]):
+    evaluations: list[dict[str, Any]] = found["evaluations"]
+    if not optimizer_steps(job, checkpoint, evaluations):
         return
 
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
-    last = checkpoints.path_of_step(recipe.run_directory, job.total_steps)
+    chosen = job.total_steps
+    if recipe.train.load_best_model_at_end:
+        chosen = runs.best_step(evaluations, recipe.train.metric_for_best_model) or chosen
+    path = checkpoints.path_of_step(recipe.run_directory, chosen)
+    if chosen != job.total_steps:
+        checkpoints.verify(path)
+        checkpoints.restore(Resumable.read(path), engine)
     merged = recipe.run_directory / "merged"
     if accelerator.is_main_process:
-        checkpoints.export_adapter(last, recipe.run_directory / "adapter")
+        checkpoints.export_adapter(path, recipe.run_directory / "adapter")
+        if chosen != job.total_steps:
+            last = checkpoints.path_of_step(recipe.run_directory, job.total_steps)
+            checkpoints.export_adapter(last, recipe.run_directory / "endpoint")
+            print(f"Step {chosen} has the best held-out {recipe.train.metric_for_best_model}; its weights are used.")
     if recipe.merges:
         merging.merge(
             model,
@@ -145,7 +156,7 @@ def train(recipe: Recipe) -> None:
             merged,
             dtype_name=merging.choose_dtype(recipe.run.merge_dtype, precision),
             max_shard_size_bytes=recipe.run.max_shard_size_bytes,
-            facts={"step": job.total_steps, "base": found["base"]},
+            facts={"step": chosen, "base": found["base"]},
         )
     accelerator.end_training()
     if accelerator.is_main_process:
@@ -153,16 +164,17 @@ def train(recipe: Recipe) -> None:
         print(closing_lines(recipe), flush=True)
 
 
-def optimizer_steps(job: "Job", checkpoint: Resumable | None, last_evaluation: int) -> bool:
+def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[dict[str, Any]]) -> bool:
     """Every step that is left. False when the run was asked to stop; all is saved either way.
 
-    `last_evaluation` is the step of the last evaluation that metrics.jsonl holds, -1 for none.
+    `evaluations` are those that metrics.jsonl holds; what is evaluated is added.
     """
     recipe, settings, engine = job.recipe, job.recipe.train, job.engine
     learning_rate_at = engines.learning_rate_schedule(settings, job.total_steps)
     num_trained = job.samples.num_trained
     first_step = checkpoint.step if checkpoint else 0
     skipped_steps = int(checkpoint.state["skipped_steps"]) if checkpoint else 0
+    saved_step = first_step
     log = RunLog(
         recipe.run_directory,
         job.accelerator,
@@ -175,8 +187,27 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, last_evaluation: i
 
     def evaluate_if_due(done: int) -> None:
         is_due = done in (0, job.total_steps) or (settings.eval_steps and done % settings.eval_steps == 0)
-        if is_due and done > last_evaluation:
-            log.evaluation(done, *evaluate(job, held_out_batches))
+        if not is_due or done <= max((record["step"] for record in evaluations), default=-1):
+            return
+        counts, seconds = evaluate(job, held_out_batches)
+        log.evaluation(done, counts, seconds)
+        evaluations.append({"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy})
+        if settings.load_best_model_at_end and best_step() == done:
+            save(done)
+
+    def best_step() -> int | None:
+        return runs.best_step(evaluations, settings.metric_for_best_model)
+
+    def save(done: int) -> None:
+        nonlocal saved_step  # known on every rank: saving is a collective
+        if done == saved_step:
+            return
+        saved_step = done
+        facts = {"step": done, "skipped_steps": skipped_steps, "identity": job.identity, "versions": versions()}
+        keep, best = settings.save_total_limit, best_step() if settings.load_best_model_at_end else None
+        checkpoints.save_checkpoint(
+            recipe.run_directory, engine, job.model, job.tokenizer, facts, keep=keep, best_step=best
+        )
 
     preemption.remember_signals()
     evaluate_if_due(first_step)  # 0, or what the stop left out
@@ -213,10 +244,7 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, last_evaluation: i
             is_last=is_last or stop,
         )
         if is_last or stop or done % settings.save_steps == 0:
-            facts = {"step": done, "skipped_steps": skipped_steps, "identity": job.identity, "versions": versions()}
-            checkpoints.save_checkpoint(
-                recipe.run_directory, engine, job.model, job.tokenizer, facts, keep=settings.save_total_limit
-            )
+            save(done)
         if stop:
             log.close()
             if job.accelerator.is_main_process:
@@ -293,6 +321,8 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
     check_adapter_fits(base, recipe)
     prepared = prepare(recipe, directory, lambda: tokenizer_and_template(recipe, base))
+    if recipe.train.load_best_model_at_end and not len(prepared.split["evaluation"]):
+        raise DataError("train.load_best_model_at_end has no rows to evaluate; set data.test_size or data.evaluation.")
     # Refused before anything of the run that is there is written over.
     fingerprint = fingerprint_base(base, recipe.model)
     identity = checkpoints.identity_of_run(
@@ -312,7 +342,7 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
         "end_token_ids": prepared.end_token_ids,
         "identity": identity,
         "checkpoint": str(checkpoint.path) if checkpoint else None,
-        "last_evaluation": max((record["step"] for record in metrics if record["kind"] == "evaluation"), default=-1),
+        "evaluations": [record for record in metrics if record["kind"] == "evaluation"],
     }
 
 

@@ -42,6 +42,8 @@ FREE_TO_CHANGE: dict[str, set[str]] = {
         "eval_steps",
         "save_steps",
         "save_total_limit",
+        "load_best_model_at_end",
+        "metric_for_best_model",
         "max_tokens_per_micro_batch",
         "packing",
         "precision",
@@ -87,8 +89,12 @@ def save_checkpoint(
     facts: Mapping[str, Any],
     *,
     keep: int,
+    best_step: int | None = None,
 ) -> None:
-    """Gather on all ranks, write on rank zero, keep the newest `keep`. `facts` go into state.json; `step` names it."""
+    """Gather on all ranks, write on rank zero, keep the newest `keep` and the one of `best_step`.
+
+    `facts` go into state.json; their `step` names the checkpoint.
+    """
     tensors = engines.gather_training_state(engine)
     if torch.distributed.get_rank() != 0:
         return
@@ -105,7 +111,8 @@ def save_checkpoint(
 
     publish(path_of_step(run_directory, step), write_files, {"format": FORMAT, "step": step})
     for old in _by_step(checkpoints_directory(run_directory))[:-keep]:
-        unpublish(old)
+        if best_step is None or old != path_of_step(run_directory, best_step):
+            unpublish(old)
 
 
 def publish(target: Path, write_files: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:

@@ -161,6 +161,8 @@ class TrainBlock(Block):
     seed: int = Field(0, ge=0)
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1)  # None: before the first and after the last step only
+    load_best_model_at_end: bool = False  # the evaluated step with the best metric is merged, not the last one
+    metric_for_best_model: Literal["loss", "token_accuracy"] = "loss"
     save_steps: int = Field(100, ge=1)
     save_total_limit: int = Field(2, ge=2)
 
@@ -208,6 +210,8 @@ class Recipe(Block):
             raise ValueError("data.evaluation and data.test_size are both set; keep one")
         if self.train.warmup_steps and self.train.warmup_ratio:
             raise ValueError("train.warmup_steps and train.warmup_ratio are both set; keep one")
+        if self.train.load_best_model_at_end and self.train.eval_steps is None:
+            raise ValueError("train.load_best_model_at_end needs evaluations to choose from; set train.eval_steps")
         self._check_adapter()
         return self
 

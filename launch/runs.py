@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -89,6 +89,17 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     path = directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
+
+
+def best_step(evaluations: Sequence[Mapping[str, Any]], metric: str) -> int | None:
+    """The evaluated step with the lowest loss or the highest accuracy, the earliest of equals; None for none.
+
+    Step 0 is the base model, of which there is no checkpoint.
+    """
+    sign = 1 if metric == "loss" else -1
+    values = [(record[metric], record["step"]) for record in evaluations if record["step"] > 0]
+    usable = [(sign * value, step) for value, step in values if value is not None and math.isfinite(value)]
+    return min(usable)[1] if usable else None
 
 
 def rewind_metrics(directory: Path, step: int) -> list[dict[str, Any]]:

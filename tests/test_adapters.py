@@ -47,8 +47,11 @@ SOFT: dict[str, dict[str, Any]] = {
 }
 
 
+FEW = [name if name in ("text", "lstm", "projected") else pytest.param(name, marks=pytest.mark.slow) for name in SOFT]
+
+
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", SOFT)
+@pytest.mark.parametrize("name", FEW)
 def test_loss_and_gradients_are_those_of_peft(world: World, name: str, num_ranks: int) -> None:
     path = world.recipe(f"step-{name}", adapter=SOFT[name], train={"max_tokens_per_micro_batch": 160})
     loss, gradients = run_ranks(num_ranks, our_step, path)[0]
@@ -83,7 +86,7 @@ def evaluate_exported(recipe: Path, directory: Path) -> tuple[int, int, float]:
     return correct, total, loss / total
 
 
-@pytest.mark.parametrize("name", ["text", "lstm", "projected"])
+@pytest.mark.parametrize("name", [pytest.param("text", marks=pytest.mark.slow), "lstm", "projected"])
 def test_what_is_exported_is_what_was_evaluated(world: World, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """With dropout in the encoder, which PEFT's own saving of a model in training would leave in the embeddings."""
     adapter = SOFT[name] | ({"encoder_dropout": 0.5} if name == "lstm" else {})
@@ -99,7 +102,8 @@ def test_what_is_exported_is_what_was_evaluated(world: World, name: str, capfd: 
     assert last["loss"] == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lstm", pytest.param("prefix", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lstm", "prefix"])
 def test_soft_prompts_resume_bitwise(world: World, name: str) -> None:
     adapter = SOFT[name] | ({"encoder_dropout": 0.3} if name == "lstm" else {})
     settings = {"max_steps": 6, "save_steps": 3}
