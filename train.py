@@ -131,6 +131,7 @@ def train(recipe: Recipe) -> None:
     accelerator.init_trackers(recipe.run.name)
     evaluations: list[dict[str, Any]] = found["evaluations"]
     if not optimizer_steps(job, checkpoint, evaluations):
+        accelerator.end_training()
         return
 
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
@@ -395,4 +396,7 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)  # all is written: torch's threads have been seen to abort the interpreter's own end

@@ -47,7 +47,7 @@ SOFT: dict[str, dict[str, Any]] = {
 }
 
 
-FEW = [name if name in ("text", "lstm", "projected") else pytest.param(name, marks=pytest.mark.slow) for name in SOFT]
+FEW = [name if name in ("lstm", "projected") else pytest.param(name, marks=pytest.mark.slow) for name in SOFT]
 
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
@@ -86,7 +86,9 @@ def evaluate_exported(recipe: Path, directory: Path) -> tuple[int, int, float]:
     return correct, total, loss / total
 
 
-@pytest.mark.parametrize("name", [pytest.param("text", marks=pytest.mark.slow), "lstm", "projected"])
+@pytest.mark.parametrize(
+    "name", ["lstm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("text", "projected"))]
+)
 def test_what_is_exported_is_what_was_evaluated(world: World, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """With dropout in the encoder, which PEFT's own saving of a model in training would leave in the embeddings."""
     adapter = SOFT[name] | ({"encoder_dropout": 0.5} if name == "lstm" else {})
@@ -124,9 +126,13 @@ def test_soft_prompts_resume_bitwise(world: World, name: str) -> None:
     ("targets", "expected"),
     [
         (None, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
-        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        pytest.param(
+            "all-linear",
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+            marks=pytest.mark.slow,
+        ),
         (r"model\.layers\.0\..*\.(q|v)_proj", {"q_proj", "v_proj"}),
-        (["down_proj"], {"down_proj"}),
+        pytest.param(["down_proj"], {"down_proj"}, marks=pytest.mark.slow),
     ],
 )
 def test_targets_of_lora(world: World, targets: Any, expected: set[str]) -> None:

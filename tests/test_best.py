@@ -44,6 +44,7 @@ def adapter_of(world: World, name: str, *parts: str) -> dict[str, torch.Tensor]:
     return load_file(world.run_directory(name).joinpath(*parts) / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_the_best_step_is_kept_and_merged(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = world.recipe("best", train=SETTINGS, run={"merge": True})
     launch(recipe, 2)
