@@ -86,9 +86,8 @@ def evaluate_exported(recipe: Path, directory: Path) -> tuple[int, int, float]:
     return correct, total, loss / total
 
 
-@pytest.mark.parametrize(
-    "name", ["lstm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("text", "projected"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lstm", "text", "projected"])
 def test_what_is_exported_is_what_was_evaluated(world: World, name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """With dropout in the encoder, which PEFT's own saving of a model in training would leave in the embeddings."""
     adapter = SOFT[name] | ({"encoder_dropout": 0.5} if name == "lstm" else {})

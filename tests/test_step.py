@@ -62,7 +62,7 @@ def test_any_layout_gives_the_same_curve(
 
 @pytest.mark.parametrize(
     "blocks",
-    [{}, {"packing": "off"}, pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.slow)],
+    [{}, *(pytest.param(b, marks=pytest.mark.slow) for b in ({"packing": "off"}, {"gradient_checkpointing": True}))],
     ids=str,
 )
 def test_ranks_without_a_sample_keep_in_step(world: World, blocks: dict[str, Any]) -> None:
