@@ -12,7 +12,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -135,26 +135,13 @@ def train(recipe: Recipe) -> None:
         return
 
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
-    chosen = job.total_steps
-    if recipe.train.load_best_model_at_end:
-        chosen = runs.best_step(evaluations, recipe.train.metric_for_best_model) or chosen
-    path = checkpoints.path_of_step(recipe.run_directory, chosen)
-    if chosen != job.total_steps:
-        checkpoints.verify(path)
-        checkpoints.restore(Resumable.read(path), engine)
-    merged = recipe.run_directory / "merged"
-    if accelerator.is_main_process:
-        checkpoints.export_adapter(path, recipe.run_directory / "adapter")
-        if chosen != job.total_steps:
-            last = checkpoints.path_of_step(recipe.run_directory, job.total_steps)
-            checkpoints.export_adapter(last, recipe.run_directory / "endpoint")
-            print(f"Step {chosen} has the best held-out {recipe.train.metric_for_best_model}; its weights are used.")
+    chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
         merging.merge(
             model,
             tokenizer,
             generation_config,
-            merged,
+            recipe.run_directory / "merged",
             dtype_name=merging.choose_dtype(recipe.run.merge_dtype, precision),
             max_shard_size_bytes=recipe.run.max_shard_size_bytes,
             facts={"step": chosen, "base": found["base"]},
@@ -259,6 +246,23 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
     return True
 
 
+def use_chosen_step(job: "Job", evaluations: Sequence[Mapping[str, Any]]) -> int:
+    """The last step, or the best one put back into the engine if the recipe says so; its adapter is exported."""
+    directory, settings, last = job.recipe.run_directory, job.recipe.train, job.total_steps
+    best = runs.best_step(evaluations, settings.metric_for_best_model) if settings.load_best_model_at_end else None
+    chosen = best or last
+    path = checkpoints.path_of_step(directory, chosen)
+    if chosen != last:
+        checkpoints.verify(path)
+        checkpoints.restore(Resumable.read(path), job.engine)
+    if job.accelerator.is_main_process:
+        checkpoints.export_adapter(path, directory / "adapter")
+        if chosen != last:
+            checkpoints.export_adapter(checkpoints.path_of_step(directory, last), directory / "endpoint")
+            print(f"Step {chosen} has the best held-out {settings.metric_for_best_model}; its weights are used.")
+    return chosen
+
+
 @torch.no_grad()
 def evaluate(job: "Job", micro_batches: Sequence[batching.MicroBatch]) -> tuple[TokenCounts, float]:
     """(counts over the held-out samples, seconds); the counts are the same for any ranks and any packing."""
@@ -309,9 +313,7 @@ class Job:
     def loss(self, samples: Samples, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
         """(summed loss, its sums, cells computed) of one micro-batch."""
         batch = collate(samples, ids, self.accelerator.device, packed=self.packed)
-        # The keys and values of prefix tuning have no columns in the logits.
-        adapter = self.recipe.adapter
-        virtual_columns = 0 if adapter.type == "prefix_tuning" else adapter.num_virtual_tokens
+        virtual_columns = self.recipe.adapter.num_virtual_columns
         loss_sum, sums = batch_loss(self.engine, batch, select=self.select, virtual_columns=virtual_columns)
         return loss_sum, sums, batch.input_ids.numel()
 

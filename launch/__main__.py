@@ -171,9 +171,8 @@ def _preview(recipe: Recipe, num_rows: int) -> None:
         (tokens,) = tokenise([rendered], [conversation.trained_answers], tokenizer)
         notes = [f"{len(tokens.ids)} tokens, {int(tokens.is_trained.sum())} trained"]
         notes += [f"in pieces: {tokens.in_pieces}"] if tokens.in_pieces else []
-        notes += (
-            [f"longer than data.max_length = {work.data.max_length}"] if len(tokens.ids) > work.data.max_length else []
-        )
+        if len(tokens.ids) > work.data.max_length:
+            notes.append(f"longer than data.max_length = {work.data.max_length}")
         notes += [tokens.fault] if tokens.fault else []
         print(f"── {row_id}: template {template.name}, {', '.join(notes)}")
         shown = stretches(tokens.ids, tokens.is_trained, tokenizer)

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from peft import (
@@ -18,10 +18,17 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import PreTrainedModel
 
-from launch.config import AdapterBlock, LoraBlock, PrefixTuningBlock, PTuningBlock
+from launch.config import AdapterBlock, LoraBlock
 from launch.errors import ConfigError
 
 ADAPTER_NAME = "default"  # PEFT's own
+
+_CONFIGS: dict[str, Callable[..., PeftConfig]] = {
+    "lora": LoraConfig,
+    "p_tuning": PromptEncoderConfig,
+    "prefix_tuning": PrefixTuningConfig,
+    "prompt_tuning": PromptTuningConfig,
+}
 
 # Targets of LoRA when the recipe names none, by config.model_type; other families get all linear layers but the head.
 _SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -115,36 +122,13 @@ def _check_expression(expression: str, paths: list[str], names: list[str]) -> No
 
 
 def _peft_config(model: PreTrainedModel, adapter: AdapterBlock, base: str) -> PeftConfig:
+    """The recipe's keys are PEFT's own."""
+    given = adapter.model_dump(exclude={"type"})
     if isinstance(adapter, LoraBlock):
         targets = adapter.target_modules or FAMILY_TARGETS.get(model.config.model_type) or "all-linear"
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=adapter.r,
-            lora_alpha=adapter.lora_alpha,
-            lora_dropout=adapter.lora_dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-            modules_to_save=list(adapter.modules_to_save) or None,
-        )
-    if isinstance(adapter, PTuningBlock):
-        return PromptEncoderConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=adapter.num_virtual_tokens,
-            encoder_reparameterization_type=adapter.encoder_reparameterization_type,
-            encoder_hidden_size=adapter.encoder_hidden_size,
-            encoder_num_layers=adapter.encoder_num_layers,
-            encoder_dropout=adapter.encoder_dropout,
-        )
-    if isinstance(adapter, PrefixTuningBlock):
-        return PrefixTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=adapter.num_virtual_tokens,
-            prefix_projection=adapter.prefix_projection,
-            encoder_hidden_size=adapter.encoder_hidden_size,
-        )
-    return PromptTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=adapter.num_virtual_tokens,
-        prompt_tuning_init=adapter.prompt_tuning_init,
-        prompt_tuning_init_text=adapter.prompt_tuning_init_text,
-        tokenizer_name_or_path=base if adapter.prompt_tuning_init == "TEXT" else None,
-    )
+        given["target_modules"] = targets if isinstance(targets, str) else list(targets)
+        given["modules_to_save"] = list(adapter.modules_to_save) or None
+    if given.get("prompt_tuning_init") == "TEXT":
+        given["tokenizer_name_or_path"] = base
+    config: PeftConfig = _CONFIGS[adapter.type](task_type="CAUSAL_LM", **given)
+    return config

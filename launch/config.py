@@ -96,34 +96,52 @@ class LoraBlock(Block):
         """Tokens before each sample that no row holds."""
         return 0
 
+    @property
+    def num_virtual_columns(self) -> int:
+        """Columns of the logits before those of a sample."""
+        return 0
 
-class PromptTuningBlock(Block):
-    """Prompt tuning: trained embeddings before each sample; in PEFT's names."""
+
+class SoftPromptBlock(Block):
+    """What is trained stands before each sample, the base stays as it is; in PEFT's names."""
+
+    num_virtual_tokens: int = Field(10, ge=1)
+
+    @property
+    def num_virtual_columns(self) -> int:
+        """Columns of the logits before those of a sample."""
+        return self.num_virtual_tokens
+
+
+class PromptTuningBlock(SoftPromptBlock):
+    """Prompt tuning: embeddings before each sample."""
 
     type: Literal["prompt_tuning"]
-    num_virtual_tokens: int = Field(10, ge=1)
-    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
+    prompt_tuning_init: Literal["RANDOM", "TEXT"] = "RANDOM"
     prompt_tuning_init_text: str | None = None
 
 
-class PTuningBlock(Block):
-    """P-tuning: embeddings before each sample that an encoder makes; in PEFT's names."""
+class PTuningBlock(SoftPromptBlock):
+    """P-tuning: embeddings before each sample that an encoder makes."""
 
     type: Literal["p_tuning"]
-    num_virtual_tokens: int = Field(10, ge=1)
     encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
     encoder_hidden_size: int | None = Field(None, ge=1)  # None: the model's
     encoder_num_layers: int = Field(2, ge=1)
     encoder_dropout: float = Field(0.0, ge=0, lt=1)
 
 
-class PrefixTuningBlock(Block):
-    """Prefix tuning: trained keys and values before each sample in every layer; in PEFT's names."""
+class PrefixTuningBlock(SoftPromptBlock):
+    """Prefix tuning: keys and values before each sample in every layer."""
 
     type: Literal["prefix_tuning"]
-    num_virtual_tokens: int = Field(10, ge=1)
     prefix_projection: bool = False
     encoder_hidden_size: int | None = Field(None, ge=1)  # of the projection; None: the model's
+
+    @property
+    def num_virtual_columns(self) -> int:
+        """None: keys and values have no logits."""
+        return 0
 
 
 ADAPTERS: dict[str, type[Block]] = {
@@ -233,9 +251,9 @@ class Recipe(Block):
             )
         if isinstance(adapter, PrefixTuningBlock) and adapter.encoder_hidden_size and not adapter.prefix_projection:
             raise ValueError("adapter.encoder_hidden_size belongs to a projection; set adapter.prefix_projection: true")
-        if isinstance(adapter, PTuningBlock) and adapter.encoder_reparameterization_type == "MLP":
-            asked = adapter.encoder_num_layers != 2 or adapter.encoder_dropout
-            if asked:
+        if isinstance(adapter, PTuningBlock):
+            is_lstm = adapter.encoder_reparameterization_type == "LSTM"
+            if not is_lstm and (adapter.encoder_num_layers != 2 or adapter.encoder_dropout):
                 raise ValueError(
                     "adapter.encoder_num_layers and encoder_dropout are the LSTM encoder's (an MLP always has two "
                     "layers and no dropout); set adapter.encoder_reparameterization_type: LSTM"

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from launch import preemption
-from launch.config import DataBlock, Recipe, Source
+from launch.config import DataBlock, Recipe
 from launch.data_report import build_report, check_report
 from launch.errors import DataError, TemplateError
 from launch.fingerprint import digest_of, fingerprint_file, fingerprint_tokenizer
@@ -37,6 +37,7 @@ from launch.ledger import DUPLICATE, KEPT, Batch, Dropped, Work, account_for, as
 from launch.rows import Chunk, DataFile, find_files, hub_fingerprint, read_chunks, rows_of
 from launch.runs import write_json
 from launch.samples import Samples, StoreWriter, save_split
+from launch.split import split_samples
 from launch.templates import (
     KNOWN_CONVERSATION,
     ChatTemplate,
@@ -69,7 +70,8 @@ class Prepared:
     store: Path
     split: dict[str, npt.NDArray[np.int64]]  # train, evaluation: numbers of samples in the store
     report: dict[str, Any]  # data_report.json
-    evaluation_row_ids: list[str]
+    file_of_sample: npt.NDArray[np.int32]  # [samples of the store] places in report["files"]
+    number_of_sample: npt.NDArray[np.int64]  # [samples of the store] the line or row in that file
     end_token_ids: list[int]  # the special tokens that end a trained answer
     sha256s: list[str]  # of the store with what is trained on, and with what is held out
     was_there: bool  # nothing had to be prepared
@@ -80,7 +82,13 @@ class Prepared:
 
     def row_ids(self, samples: Sequence[int] | npt.NDArray[np.int64]) -> list[str]:
         """The rows of these samples of the store: FILE:NUMBER."""
-        return _row_ids(self.store, samples)
+        labels = list(self.report["files"])
+        return [f"{labels[self.file_of_sample[sample]]}:{self.number_of_sample[sample]}" for sample in samples]
+
+    @property
+    def evaluation_row_ids(self) -> list[str]:
+        """The rows that are held out."""
+        return self.row_ids(self.split["evaluation"])
 
     def publish(self, directory: Path) -> "Prepared":
         """Put everything into a run directory; returns what now stands there."""
@@ -115,16 +123,18 @@ def prepare(recipe: Recipe, directory: Path, load: Callable[[], Tools]) -> Prepa
         raise DataError("A data file, a template or the tokenizer changed while the rows were prepared; start again.")
     facts = json.loads((store / "prepared.json").read_text(encoding="utf-8"))
     rows = load_file(store / "rows.safetensors")  # [rows] each
-    kept_rows = np.flatnonzero(rows["outcome"] == KEPT)  # [samples] the row of each
+    kept = rows["outcome"] == KEPT  # [rows]; these are the samples of the store
+    file_of_sample = rows["file"][kept]
     sources = [*data.train, *data.evaluation]
     source_of_file = np.asarray([sources.index(file.source) for file in files])
-    split = _split(recipe, source_of_file[rows["file"][kept_rows]])
+    split = split_samples(recipe, source_of_file[file_of_sample])
     report = build_report(facts, rows, Samples.load(store), split)
     prepared = Prepared(
         store,
         split,
         report,
-        _row_ids(store, split["evaluation"]),
+        file_of_sample,
+        rows["number"][kept],
         [int(token) for token in facts["end_tokens"]],
         [digest_of([facts["sha256"], hashlib.sha256(indices.tobytes()).hexdigest()]) for indices in split.values()],
         bool(found),
@@ -200,13 +210,6 @@ def _prepare_anew(store: Path, key: str, data: DataBlock, files: Sequence[DataFi
             raise DataError(f"The samples cannot be written to {store}: {error.strerror or error}.") from None
         raise
     return store
-
-
-def _row_ids(store: Path, samples: Sequence[int] | npt.NDArray[np.int64]) -> list[str]:
-    labels = json.loads((store / "prepared.json").read_text(encoding="utf-8"))["files"]
-    rows = load_file(store / "rows.safetensors")  # [rows] each
-    kept_rows = np.flatnonzero(rows["outcome"] == KEPT)
-    return [f"{labels[rows['file'][row]]}:{rows['number'][row]}" for row in kept_rows[np.asarray(samples, np.int64)]]
 
 
 def _fill(store: Path, key: str, data: DataBlock, files: Sequence[DataFile], tools: Tools) -> None:
@@ -366,37 +369,3 @@ def _start_process(work: Work) -> None:
 
 def _account_for(chunk: Chunk) -> Batch:
     return account_for(chunk, _work)
-
-
-# ---- split ----
-
-
-def _split(recipe: Recipe, source_of_sample: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.int64]]:
-    """Numbers of the samples of train and evaluation, a pure function of the recipe and of how many there are."""
-    data, seed = recipe.data, recipe.train.seed
-    sources: list[Source] = [*data.train, *data.evaluation]
-    usable = []
-    for number, source in enumerate(sources):
-        samples = np.flatnonzero(source_of_sample == number)
-        if source.max_rows is not None and len(samples) > source.max_rows:
-            samples = np.sort(_generator(seed, 1, number).permutation(samples)[: source.max_rows])
-        usable.append(samples)
-    train, evaluation = usable[: len(data.train)], usable[len(data.train) :]
-    candidates = np.sort(np.concatenate(train))
-    if data.evaluation or not len(candidates):
-        held_out = np.concatenate([candidates[:0], *evaluation])
-    else:
-        size = 0.1 if data.test_size is None else data.test_size
-        count = round(len(candidates) * size) if size < 1 else int(size)
-        held_out = candidates[np.random.Generator(np.random.PCG64(seed)).permutation(len(candidates))[:count]]
-    copies = []
-    for number, (source, samples) in enumerate(zip(data.train, train, strict=True)):
-        samples = np.setdiff1d(samples, held_out)
-        whole, part = divmod(source.weight, 1)
-        some = _generator(seed, 2, number).permutation(samples)[: round(part * len(samples))]
-        copies += [np.repeat(samples, int(whole)), some]
-    return {"train": np.sort(np.concatenate(copies)), "evaluation": np.sort(held_out)}
-
-
-def _generator(seed: int, purpose: int, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([seed, purpose, number]))

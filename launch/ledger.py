@@ -72,7 +72,7 @@ class Batch:
     is_trained: npt.NDArray[np.bool_]  # [tokens]
     lengths: npt.NDArray[np.int64]  # [kept rows]
     num_trained: npt.NDArray[np.int64]  # [kept rows]
-    digests: list[bytes]  # [kept rows] of the tokens
+    digests: list[bytes]  # [kept rows] of tokens and mask, when duplicates are looked for
     last_tokens: list[tuple[int, ...]]  # [kept rows] the token that ends each trained answer
     notes: list[tuple[str, ...]]  # [kept rows] shortened, tokenised in pieces and why
     dropped: list[Dropped]
@@ -86,7 +86,7 @@ def account_for(chunk: Chunk, work: Work) -> Batch:
     raws = list(rows_of(chunk))
     ids = [f"{chunk.file.label}:{raw.number}" for raw in raws]
     places: list[int] = []  # of the rows that are conversations
-    prepared: list[_Rendered] = []
+    prepared: list[_RenderedRow] = []
     faults: dict[int, tuple[str, str]] = {}  # by place: the reason and its detail
     for place, raw in enumerate(raws):
         try:
@@ -121,7 +121,7 @@ def account_for(chunk: Chunk, work: Work) -> Batch:
         np.concatenate([no_tokens.astype(np.bool_), *(row.is_trained for row in kept)]),
         np.asarray([len(row.ids) for row in kept], np.int64),
         np.asarray([row.is_trained.sum() for row in kept], np.int64),
-        [hashlib.sha256(row.ids.tobytes() + row.is_trained.tobytes()).digest()[:16] for row in kept],
+        [_digest(row) for row in kept] if work.data.drop_duplicates else [],
         [tuple(int(row.ids[end]) for end in row.answer_ends) for row in kept],
         notes,
         [Dropped(ids[place], *faults[place], as_json(raws[place])) for place in sorted(faults)],
@@ -157,15 +157,19 @@ def as_json(raw: RawRow) -> str:
         return json.dumps(reprlib.repr(value))
 
 
-_Rendered = tuple[Conversation, Rendered]
+def _digest(tokens: Tokens) -> bytes:
+    return hashlib.sha256(tokens.ids.tobytes() + tokens.is_trained.tobytes()).digest()[:16]
 
 
-def _tokenise(rendered: Sequence[_Rendered], work: Work) -> list[Tokens]:
+_RenderedRow = tuple[Conversation, Rendered]
+
+
+def _tokenise(rendered: Sequence[_RenderedRow], work: Work) -> list[Tokens]:
     texts, trained = [text for _, text in rendered], [conversation.trained_answers for conversation, _ in rendered]
     return tokenise(texts, trained, work.tokenizer) if texts else []
 
 
-def _fit(rendered: _Rendered, tokens: Tokens, work: Work) -> Tokens:
+def _fit(rendered: _RenderedRow, tokens: Tokens, work: Work) -> Tokens:
     """The tokens to train on; others than these when the last answers were taken away. Raises BadRowError."""
     limit = work.data.max_length
     if tokens.fault:

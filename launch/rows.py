@@ -25,6 +25,7 @@ MAX_JSON_ARRAY_BYTES = 1_000_000_000  # an array is read whole
 _LINES_PER_CHUNK_BYTES = 1 << 20
 _ROWS_PER_CHUNK = 200
 _NOT_READ = (".arrow", ".bz2", ".gz", ".ndjson", ".tsv", ".xz", ".zip", ".zst")  # look like data, and are not skipped
+_SPACE = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -303,9 +304,6 @@ def _after_space(text: str, position: int) -> int:
     match = _SPACE.match(text, position)
     assert match is not None
     return match.end()
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 # ---- CSV, Parquet, hub ----

@@ -11,12 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-_TOKEN_IDS, _IS_TRAINED, _INDEX, _SPLIT = (
-    "token_ids.int32",
-    "is_trained.bool",
-    "samples.safetensors",
-    "split.safetensors",
-)
+_TOKEN_IDS = "token_ids.int32"
+_IS_TRAINED = "is_trained.bool"
+_INDEX = "samples.safetensors"
+_SPLIT = "split.safetensors"
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,6 @@ class StoreWriter:
 
 
 def _mapped(path: Path, dtype: type[Any], count: int) -> npt.NDArray[Any]:
-    return (
-        np.memmap(path, dtype, "r", shape=(count,)) if count else np.zeros(0, dtype)
-    )  # an empty file cannot be mapped
+    if count == 0:
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype, "r", shape=(count,))

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,13 @@ def never() -> Any:
 def write(path: Path, rows: list[Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def own_templates(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the templates that a test may change, in the place of the shipped ones."""
+    shutil.copytree(ROOT / "templates", directory / "templates")
+    monkeypatch.setattr("launch.templates.TEMPLATES_DIRECTORY", directory / "templates")
+    return directory / "templates"
 
 
 def rows_of_split(prepared: Prepared, base: Path, split: str = "train") -> list[str]:
@@ -227,13 +235,8 @@ def test_rows_that_cannot_be_written_again_are_quarantined_as_text(tmp_path: Pat
 def test_a_prompt_template_that_fails_on_a_row_drops_that_row(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    templates = tmp_path / "templates"
-    for kind in ("chat", "prompt"):
-        (templates / kind).mkdir(parents=True)
-    (templates / "chat" / "chatml.jinja").write_text((ROOT / "templates/chat/chatml.jinja").read_text(encoding="utf-8"))
-    (templates / "prompt" / "alpaca.jinja").write_text("")
+    templates = own_templates(tmp_path, monkeypatch)
     (templates / "prompt" / "mine.jinja").write_text("{{ options | join(', ') }} {{ 1 / n }}")
-    monkeypatch.setattr("launch.templates.TEMPLATES_DIRECTORY", templates)
     rows = [
         {"options": ["a", "b"], "n": 2, "output": "x"},
         {"options": 5, "n": 2, "output": "x"},
@@ -456,12 +459,7 @@ def test_another_tokenizer_or_template_text_prepares_anew(
 ) -> None:
     path = numbered(tmp_path / "a.jsonl", 5)
     run(tmp_path, base, path)
-    templates = tmp_path / "templates"
-    for kind in ("chat", "prompt"):
-        (templates / kind).mkdir(parents=True)
-        for file in (ROOT / "templates" / kind).glob("*.jinja"):
-            (templates / kind / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr("launch.templates.TEMPLATES_DIRECTORY", templates)
+    templates = own_templates(tmp_path, monkeypatch)
     prepare(recipe(base, path), tmp_path, never)
     chatml = templates / "chat" / "chatml.jinja"
     chatml.write_text(chatml.read_text(encoding="utf-8").replace("Generic", "General"), encoding="utf-8")
@@ -480,13 +478,8 @@ def test_another_tokenizer_or_template_text_prepares_anew(
 def test_templates_and_options_of_a_source_are_in_the_key(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    templates = tmp_path / "templates"
-    for kind in ("chat", "prompt"):
-        (templates / kind).mkdir(parents=True)
-    (templates / "chat" / "chatml.jinja").write_text((ROOT / "templates/chat/chatml.jinja").read_text(encoding="utf-8"))
-    for name in ("alpaca", "mine"):
-        (templates / "prompt" / f"{name}.jinja").write_text("{{ input }}?")
-    monkeypatch.setattr("launch.templates.TEMPLATES_DIRECTORY", templates)
+    templates = own_templates(tmp_path, monkeypatch)
+    (templates / "prompt" / "mine.jinja").write_text("{{ input }}?")
     path = numbered(tmp_path / "a.jsonl", 5)
     source = {"path": path, "prompt_template": "mine"}
     run(tmp_path, base, [source])

@@ -17,7 +17,7 @@ HOUSE = Path(__file__).resolve().parent.parent
 LAYERS = (
     "launch launch.errors launch.table metrics metrics.tokens",
     "launch.config launch.plan launch.runs launch.preemption launch.batching launch.samples",
-    "launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",
+    "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",
     "launch.formats launch.tokens",
     "launch.ledger",
     "launch.data_report",

@@ -1,6 +1,7 @@
 """What is trained: by tags, by prefixes, whole or in pieces; the mask is the answers and nothing else."""
 
 import dataclasses
+import json
 import re
 from typing import Any
 
@@ -302,18 +303,16 @@ def test_no_part_of_a_tool_can_write_a_control_token(name: str) -> None:
     conversation = [*dialogue("a", ""), Message(role="tool", content=evil), Message(role="assistant", content=evil)]
     conversation[1]["tool_calls"] = [call]
 
-    def with_tools() -> Tokens:
-        rendered = render_chat(template, conversation, tools=tools, special=special_pattern(tokenizer))
-        assert len(rendered.literals) >= 8
-        return tokenise([rendered], [[True, True]], tokenizer)[0]
-
-    tokens = with_tools()
+    rendered = render_chat(template, conversation, tools=tools, special=special_pattern(tokenizer))
+    assert len(rendered.literals) >= 8
+    (tokens,) = tokenise([rendered], [[True, True]], tokenizer)
     assert tokens.in_pieces == "special-token text" and not tokens.fault
     text = tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False)
     assert text == render_chat(template, conversation, tools=tools).text, "what the template writes without protection"
+    harmless = json.loads(json.dumps([conversation, tools]).replace(evil, "x"))
+    honest = tokenise([render_chat(template, harmless[0], tools=harmless[1])], [[True, True]], tokenizer)[0]
     evil_id = tokenizer.convert_tokens_to_ids(evil)
-    num_ends = 2 if template.eos_token == evil else 0  # the template's own
-    assert np.count_nonzero(tokens.ids == evil_id) - num_ends == (3 if template.eos_token == evil else 0)
+    assert np.count_nonzero(tokens.ids == evil_id) == np.count_nonzero(honest.ids == evil_id), "the template's own only"
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.NFKC(), normalizers.Lowercase()])
