@@ -31,7 +31,7 @@ from launch import engine as engines
 from launch import merge as merging
 from launch.adapter import add_adapter
 from launch.checkpoint import Resumable
-from launch.config import Recipe, dump_recipe, intended_run_directory, parse_command_line
+from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.data import prepare
 from launch.data_report import outcomes_line
 from launch.errors import DataError, LaunchError
@@ -45,6 +45,7 @@ from launch.model import (
     tokenizer_and_template,
 )
 from launch.packing import batch_loss, choose_packing, collate, selects_logits
+from launch.recipe import Recipe
 from launch.report import RunLog
 from launch.samples import Samples
 from launch.table import format_bytes, format_table

@@ -88,9 +88,9 @@ def make(work: Path, source: Path, num_rows: int) -> None:
 def cairn(work: Path, run: Path) -> Timed:
     """`prepare` and `publish`, as train.py calls them; in the directory of an earlier run, a second start."""
     sys.path.insert(0, str(ROOT))
-    from launch.config import Recipe
     from launch.data import prepare
     from launch.model import tokenizer_and_template
+    from launch.recipe import Recipe
 
     recipe = Recipe.model_validate(
         {

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch import preflight, runs
-from launch.config import DEFAULT_RECIPE, TINY_MODEL_NAME, Recipe, parse_command_line
+from launch.config import DEFAULT_RECIPE, parse_command_line
 from launch.errors import LaunchError, PreflightError
+from launch.recipe import TINY_MODEL_NAME, Recipe
 from launch.table import format_table
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from transformers import PreTrainedModel
 
-from launch.config import AdapterBlock, LoraBlock
 from launch.errors import ConfigError
+from launch.recipe import AdapterBlock, LoraBlock
 
 ADAPTER_NAME = "default"  # PEFT's own
 

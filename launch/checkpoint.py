@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME, exported_state
-from launch.config import ADAPTERS, Recipe, RunBlock
 from launch.errors import CheckpointError
+from launch.recipe import ADAPTERS, Recipe, RunBlock
 from launch.runs import write_json
 
 FORMAT = 1

@@ -28,12 +28,12 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from launch import preemption
-from launch.config import DataBlock, Recipe
 from launch.data_report import build_report, check_report
 from launch.errors import DataError, TemplateError
 from launch.fingerprint import digest_of, fingerprint_file, fingerprint_tokenizer
 from launch.formats import BadRowError, Conversation, RowFormat, choose_format
 from launch.ledger import DUPLICATE, KEPT, Batch, Dropped, Work, account_for, as_json, conversation_of
+from launch.recipe import DataBlock, Recipe
 from launch.rows import Chunk, DataFile, find_files, hub_fingerprint, read_chunks, rows_of
 from launch.runs import write_json
 from launch.samples import Samples, StoreWriter, save_split

@@ -34,8 +34,8 @@ from deepspeed.utils import (  # noqa: E402
 from torch.distributed.distributed_c10d import _get_default_store  # noqa: E402
 from transformers import get_scheduler  # noqa: E402
 
-from launch.config import Recipe, TrainBlock  # noqa: E402
 from launch.errors import CheckpointError, PreflightError  # noqa: E402
+from launch.recipe import Recipe, TrainBlock  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's AdamW
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from launch.config import TINY_MODEL_NAME, ModelBlock
 from launch.errors import ModelError
+from launch.recipe import TINY_MODEL_NAME, ModelBlock
 
 TINY_ROWS = Path("configs/data/tiny_chat.jsonl")
 # Everything a tokenizer is made of, remote code included.

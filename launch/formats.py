@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
-from launch.config import DataBlock, Source
 from launch.errors import DataError
+from launch.recipe import DataBlock, Source
 from launch.rows import Row
 from launch.templates import Message, load_prompt_template, render_prompt
 

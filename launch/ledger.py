@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from launch.config import DataBlock
 from launch.errors import DataError, RefusedConversationError, TemplateError
 from launch.formats import BadRowError, Conversation, RowFormat, to_conversation
+from launch.recipe import DataBlock
 from launch.rows import Chunk, RawRow, rows_of
 from launch.templates import ChatTemplate, Rendered, render_chat
 from launch.tokens import Tokens, tokenise

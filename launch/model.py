@@ -17,9 +17,9 @@ from transformers import (
 
 from launch import tiny
 from launch.adapter import check_targets
-from launch.config import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.errors import ModelError, TemplateError
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
+from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.templates import ChatTemplate, load_chat_template
 
 _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK_BYTES = 64, 65536

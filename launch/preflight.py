@@ -6,8 +6,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from launch.config import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.errors import ConfigError, ModelError
+from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 
 # The trackers of accelerate 1.15 and the package that each one needs.
 TRACKERS = {

@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from launch.config import Source
 from launch.errors import DataError
+from launch.recipe import Source
 
 Row = Mapping[str, Any]
 

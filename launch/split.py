@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from launch.config import Recipe, Source
+from launch.recipe import Recipe, Source
 
 
 def split_samples(recipe: Recipe, source_of_sample: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[np.int64]]:

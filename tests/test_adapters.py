@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from launch.adapter import check_targets
 from launch.checkpoint import path_of_step
-from launch.config import LoraBlock, Recipe, load_recipe
+from launch.config import load_recipe
 from launch.errors import ConfigError
+from launch.recipe import LoraBlock, Recipe
 
 SOFT: dict[str, dict[str, Any]] = {
     "prompt": {"type": "prompt_tuning", "num_virtual_tokens": 5},

@@ -21,13 +21,13 @@ from transformers import LlamaConfig, Qwen2Config
 
 from launch import data as preparing
 from launch import rows as reading
-from launch.config import Recipe
 from launch.data import Prepared, first_conversations, prepare
 from launch.data_report import check_report
 from launch.errors import DataError, TemplateError
 from launch.formats import RowFormat
 from launch.ledger import OUTCOMES, Work, account_for
 from launch.model import tokenizer_and_template
+from launch.recipe import Recipe
 from launch.rows import Chunk, DataFile, RawRow
 from launch.samples import Samples
 from launch.templates import Message, render_chat

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from launch.config import DataBlock, Source
 from launch.errors import DataError, TemplateError
 from launch.formats import BadRowError, Conversation, choose_format, to_conversation
+from launch.recipe import DataBlock, Source
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "北京"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}

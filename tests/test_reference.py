@@ -18,10 +18,11 @@ from launch import batching
 from launch import engine as engines
 from launch.adapter import add_adapter
 from launch.checkpoint import path_of_step
-from launch.config import Recipe, load_recipe
+from launch.config import load_recipe
 from launch.data import prepare
 from launch.model import load_base, tokenizer_and_template
 from launch.packing import batch_loss, collate
+from launch.recipe import Recipe
 from launch.samples import Samples
 
 SOFT_PROMPTS = {

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch import rows as reading
-from launch.config import Source
 from launch.errors import DataError
+from launch.recipe import Source
 from launch.rows import RawRow, find_files, read_chunks, rows_of
 
 ROWS = [{"input": "石头", "output": "stone"}, {"input": "a,b", "output": 'two\nlines "quoted"'}]

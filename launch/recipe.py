@@ -1,0 +1,267 @@
+"""The frozen `Recipe`: every key that a user can set, every default, and what cannot go together."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+TINY_MODEL_NAME = "tiny-qwen2"  # not on any hub: built on the spot
+RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # one path component
+Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists, a frozen recipe has tuples
+
+
+class Block(BaseModel):
+    """A block of the recipe: unknown keys are errors, values keep their type, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelBlock(Block):
+    """The base model: a hub id, a local directory, or `tiny-qwen2`, which is built on the spot."""
+
+    name_or_path: str = Field(min_length=1)
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+
+
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "question_answer", "prompt_completion"]
+
+
+class Source(Block):
+    """Where rows come from: a file, a directory of files, or a hub id. What is None is as in the data block."""
+
+    path: str = Field(min_length=1)
+    subset: str | None = None  # of a hub id
+    split: str = "train"  # of a hub id
+    format: Format | None = None
+    prompt_template: str | None = None
+    answer_column: str | None = None
+    weight: float = Field(1.0, gt=0, le=100)  # copies of a row in an epoch; 0.25: one row in four, chosen by the seed
+    max_rows: int | None = Field(None, ge=1)  # at most so many usable rows, chosen by the seed
+
+
+def _listed(value: object) -> object:
+    """`ROWS.jsonl` and a list of paths are short for a list of sources."""
+    values = value if isinstance(value, list | tuple) else [value]
+    for item in values:
+        if not isinstance(item, str | dict | Source):
+            raise ValueError(f"a source is a path or {{path: ..., weight: ...}}, but this is {item!r}")
+    return tuple({"path": item} if isinstance(item, str) else item for item in values)
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_listed)]
+
+
+class DataBlock(Block):
+    """The rows and how they become samples."""
+
+    train: Sources = Field(min_length=1)
+    evaluation: Sources = ()
+    test_size: float | None = Field(None, ge=0)  # held out of train: below 1 a share, from 1 a number; None: 0.1
+    format: Format = "auto"
+    prompt_template: str | None = None  # templates/prompt/<name>.jinja: a row of any columns -> the user turn
+    answer_column: str = "output"  # of alpaca, question_answer and prompt templates
+    template: str = Field(min_length=1)  # templates/chat/<name>.jinja, or tokenizer: the model's own
+    system: str | None = None  # the system message of conversations that have none
+    train_on: Literal["all", "last"] = "all"  # answers of a conversation
+    max_length: int = Field(1024, ge=8)  # tokens
+    overlong: Literal["drop", "truncate", "error"] = "drop"  # truncate: the last answers go, none is cut
+    bad_rows: Literal["quarantine", "error"] = "quarantine"
+    drop_duplicates: bool = False
+    max_dropped_share: float = Field(0.05, ge=0, le=1)  # of all rows
+
+
+class LoraBlock(Block):
+    """LoRA, in PEFT's names."""
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(8, ge=1)
+    lora_alpha: int = Field(16, ge=1)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    # A list of names, all-linear (but the output head), or a regular expression for whole paths; None: the family's.
+    target_modules: Names | str | None = None
+    modules_to_save: Names = ()
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens before each sample that no row holds."""
+        return 0
+
+    @property
+    def num_virtual_columns(self) -> int:
+        """Columns of the logits before those of a sample."""
+        return 0
+
+
+class SoftPromptBlock(Block):
+    """What is trained stands before each sample, the base stays as it is; in PEFT's names."""
+
+    num_virtual_tokens: int = Field(10, ge=1)
+
+    @property
+    def num_virtual_columns(self) -> int:
+        """Columns of the logits before those of a sample."""
+        return self.num_virtual_tokens
+
+
+class PromptTuningBlock(SoftPromptBlock):
+    """Prompt tuning: embeddings before each sample."""
+
+    type: Literal["prompt_tuning"]
+    prompt_tuning_init: Literal["RANDOM", "TEXT"] = "RANDOM"
+    prompt_tuning_init_text: str | None = None
+
+
+class PTuningBlock(SoftPromptBlock):
+    """P-tuning: embeddings before each sample that an encoder makes."""
+
+    type: Literal["p_tuning"]
+    encoder_reparameterization_type: Literal["MLP", "LSTM"] = "MLP"
+    encoder_hidden_size: int | None = Field(None, ge=1)  # None: the model's
+    encoder_num_layers: int = Field(2, ge=1)
+    encoder_dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class PrefixTuningBlock(SoftPromptBlock):
+    """Prefix tuning: keys and values before each sample in every layer."""
+
+    type: Literal["prefix_tuning"]
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = Field(None, ge=1)  # of the projection; None: the model's
+
+    @property
+    def num_virtual_columns(self) -> int:
+        """None: keys and values have no logits."""
+        return 0
+
+
+ADAPTERS: dict[str, type[Block]] = {
+    "lora": LoraBlock,
+    "p_tuning": PTuningBlock,
+    "prefix_tuning": PrefixTuningBlock,
+    "prompt_tuning": PromptTuningBlock,
+}
+AdapterBlock = LoraBlock | PTuningBlock | PrefixTuningBlock | PromptTuningBlock
+
+
+def _typed(value: object) -> object:
+    return {"type": "lora", **value} if isinstance(value, dict) else value
+
+
+class TrainBlock(Block):
+    """The optimizer steps, in the names of transformers' TrainingArguments where it has one."""
+
+    global_batch_size: int = Field(32, ge=1)  # samples per optimizer step, over all ranks
+    max_tokens_per_micro_batch: int = Field(4096, ge=8)  # per rank; memory, not results, depends on it
+    packing: Literal["auto", "off"] = "auto"  # auto: packed rows unless the model is seen to leak between samples
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)  # overrides num_train_epochs
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)  # of all steps; used when warmup_steps is 0
+    max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = Field(0, ge=0)
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int | None = Field(None, ge=1)  # None: before the first and after the last step only
+    load_best_model_at_end: bool = False  # the evaluated step with the best metric is merged, not the last one
+    metric_for_best_model: Literal["loss", "token_accuracy"] = "loss"
+    save_steps: int = Field(100, ge=1)
+    save_total_limit: int = Field(2, ge=2)
+
+
+class RunBlock(Block):
+    """Where the run lives and what it leaves."""
+
+    name: str = Field(pattern=RUN_NAME.pattern, max_length=100)  # one path component
+    output_dir: str = "runs"
+    report_to: Names = ()
+    merge: bool | None = None  # None: yes with LoRA; soft prompts cannot be merged
+    merge_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # auto: the trained type, 16-bit for fp32
+    max_shard_size_bytes: int = Field(4_000_000_000, ge=1)
+    process_group_timeout_seconds: int = Field(1800, ge=10)
+
+
+class Recipe(Block):
+    """Everything a run depends on besides the accelerate YAML (processes) and the DeepSpeed JSON (sharding)."""
+
+    model: ModelBlock
+    data: DataBlock
+    adapter: Annotated[AdapterBlock, Field(discriminator="type"), BeforeValidator(_typed)] = LoraBlock()
+    train: TrainBlock = TrainBlock()
+    run: RunBlock
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Recipe":
+        virtual = self.adapter.num_virtual_tokens
+        if self.data.max_length + virtual > self.train.max_tokens_per_micro_batch:
+            also = f" and adapter.num_virtual_tokens = {virtual} are" if virtual else " is"
+            raise ValueError(
+                f"data.max_length = {self.data.max_length}{also} more than train.max_tokens_per_micro_batch = "
+                f"{self.train.max_tokens_per_micro_batch}, so the longest sample would fit no micro-batch; "
+                "raise the second or lower the first"
+            )
+        blocks: list[DataBlock | Source] = [self.data, *self.data.train, *self.data.evaluation]
+        for block in blocks:  # a source's own goes before the block's
+            if block.format not in (None, "auto") and block.prompt_template is not None:
+                name = block.path if isinstance(block, Source) else "data"
+                both = f"a format ({block.format}) and a prompt_template ({block.prompt_template})"
+                raise ValueError(f"{name} has both {both}; keep one")
+        if any(source.weight != 1 for source in self.data.evaluation):
+            raise ValueError("data.evaluation has a weight, but every held-out row counts once; leave it out")
+        if self.data.evaluation and self.data.test_size:
+            raise ValueError("data.evaluation and data.test_size are both set; keep one")
+        if self.train.warmup_steps and self.train.warmup_ratio:
+            raise ValueError("train.warmup_steps and train.warmup_ratio are both set; keep one")
+        if self.train.load_best_model_at_end and self.train.eval_steps is None:
+            raise ValueError("train.load_best_model_at_end needs evaluations to choose from; set train.eval_steps")
+        self._check_adapter()
+        return self
+
+    def _check_adapter(self) -> None:
+        adapter = self.adapter
+        if isinstance(adapter, LoraBlock):
+            if adapter.target_modules is not None and not adapter.target_modules:
+                raise ValueError("adapter.target_modules is empty; name modules such as q_proj, or leave it out")
+            return
+        if self.run.merge:
+            raise ValueError(
+                f"run.merge is true, but the soft prompts of {adapter.type} are no weights of the base that could be "
+                "merged; leave it out, and serve the base with the adapter"
+            )
+        if isinstance(adapter, PrefixTuningBlock) and self.train.gradient_checkpointing:
+            raise ValueError(
+                "train.gradient_checkpointing throws the keys and values away that prefix_tuning is made of; set it to "
+                "false, or take another adapter.type"
+            )
+        if isinstance(adapter, PrefixTuningBlock) and adapter.encoder_hidden_size and not adapter.prefix_projection:
+            raise ValueError("adapter.encoder_hidden_size belongs to a projection; set adapter.prefix_projection: true")
+        if isinstance(adapter, PTuningBlock):
+            is_lstm = adapter.encoder_reparameterization_type == "LSTM"
+            if not is_lstm and (adapter.encoder_num_layers != 2 or adapter.encoder_dropout):
+                raise ValueError(
+                    "adapter.encoder_num_layers and encoder_dropout are the LSTM encoder's (an MLP always has two "
+                    "layers and no dropout); set adapter.encoder_reparameterization_type: LSTM"
+                )
+        if isinstance(adapter, PromptTuningBlock):
+            is_of_text = adapter.prompt_tuning_init == "TEXT"
+            if is_of_text != bool(adapter.prompt_tuning_init_text):
+                raise ValueError("adapter.prompt_tuning_init: TEXT and prompt_tuning_init_text go together; set both")
+
+    @property
+    def merges(self) -> bool:
+        """Whether the run ends with merged weights."""
+        return isinstance(self.adapter, LoraBlock) and self.run.merge is not False
+
+    @property
+    def run_directory(self) -> Path:
+        """`<output_dir>/<name>`."""
+        return Path(self.run.output_dir) / self.run.name
