@@ -44,7 +44,7 @@ from launch.model import (
     serving_generation_config,
     tokenizer_and_template,
 )
-from launch.packing import batch_loss, choose_packing, collate, selects_logits
+from launch.packing import batch_loss, choose_packing, collate, forward_arguments
 from launch.recipe import Recipe
 from launch.report import RunLog
 from launch.samples import Samples
@@ -123,8 +123,8 @@ def train(recipe: Recipe) -> None:
     packed, packing = choose_packing(
         recipe.train.packing, recipe.adapter.num_virtual_tokens, engine, base, samples, accelerator.device
     )
-    select = selects_logits(base)
-    job = Job(recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, select, found["identity"])
+    accepts = forward_arguments(base)
+    job = Job(recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, found["identity"])
     if accelerator.is_main_process:
         banner = start_up_banner(job, f"{precision}: {precision_reason}", found["rows"], packing, checkpoint)
         print(banner, flush=True)
@@ -289,7 +289,7 @@ class Job:
     samples: Samples
     held_out: Samples
     packed: bool
-    select: bool  # the model computes logits at chosen columns only
+    accepts: frozenset[str]  # by name, what the base model's forward can be given
     identity: dict[str, Any]
 
     @property
@@ -315,7 +315,7 @@ class Job:
         """(summed loss, its sums, cells computed) of one micro-batch."""
         batch = collate(samples, ids, self.accelerator.device, packed=self.packed)
         virtual_columns = self.recipe.adapter.num_virtual_columns
-        loss_sum, sums = batch_loss(self.engine, batch, select=self.select, virtual_columns=virtual_columns)
+        loss_sum, sums = batch_loss(self.engine, batch, accepts=self.accepts, virtual_columns=virtual_columns)
         return loss_sum, sums, batch.input_ids.numel()
 
 

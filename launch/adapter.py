@@ -42,7 +42,7 @@ FAMILY_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 def add_adapter(
-    model: PreTrainedModel, adapter: AdapterBlock, *, base: str, seed: int, dtype: torch.dtype
+    model: torch.nn.Module, adapter: AdapterBlock, *, base: str, seed: int, dtype: torch.dtype
 ) -> PeftModel:
     """Freeze the base and add the adapter, all its parameters in `dtype`. `base` is where the tokenizer is loaded from.
 
@@ -121,14 +121,17 @@ def _check_expression(expression: str, paths: list[str], names: list[str]) -> No
         )
 
 
-def _peft_config(model: PreTrainedModel, adapter: AdapterBlock, base: str) -> PeftConfig:
+def _peft_config(model: torch.nn.Module, adapter: AdapterBlock, base: str) -> PeftConfig:
     """The recipe's keys are PEFT's own."""
     given = adapter.model_dump(exclude={"type"})
+    if isinstance(model, PreTrainedModel):
+        given["task_type"] = "CAUSAL_LM"  # PEFT's wrapper for it wants the methods of transformers' models
     if isinstance(adapter, LoraBlock):
-        targets = adapter.target_modules or FAMILY_TARGETS.get(model.config.model_type) or "all-linear"
+        family = model.config.model_type if isinstance(model, PreTrainedModel) else ""
+        targets = adapter.target_modules or FAMILY_TARGETS.get(family) or "all-linear"
         given["target_modules"] = targets if isinstance(targets, str) else list(targets)
         given["modules_to_save"] = list(adapter.modules_to_save) or None
     if given.get("prompt_tuning_init") == "TEXT":
         given["tokenizer_name_or_path"] = base
-    config: PeftConfig = _CONFIGS[adapter.type](task_type="CAUSAL_LM", **given)
+    config: PeftConfig = _CONFIGS[adapter.type](**given)
     return config

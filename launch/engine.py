@@ -33,6 +33,11 @@ from deepspeed.utils import (  # noqa: E402
 )
 from torch.distributed.distributed_c10d import _get_default_store  # noqa: E402
 from transformers import get_scheduler  # noqa: E402
+from transformers.integrations.deepspeed import (  # noqa: E402
+    deepspeed_config,
+    is_deepspeed_zero3_enabled,
+    prevent_arange_dtype_change,
+)
 
 from launch.errors import CheckpointError, PreflightError  # noqa: E402
 from launch.recipe import Recipe, TrainBlock  # noqa: E402
@@ -254,6 +259,32 @@ def restore_scaler(engine: Engine, state: dict[str, float | int]) -> None:
         if field not in _SCALER_FIELDS:
             raise CheckpointError(f"The checkpoint's loss scaler has a field {field!r} that is not known.")
         setattr(engine.optimizer.loss_scaler, field, value)
+
+
+@contextmanager
+def partitioned_while_built() -> Iterator[None]:
+    """Under ZeRO-3 each rank keeps its share only of what is built inside; otherwise nothing changes.
+
+    Not only parameters are made in the run's precision there, but all that torch's constructors make, arange excepted.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    with prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config()):
+        yield
+
+
+@contextmanager
+def filled_by_rank_zero(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Inside, rank zero writes the whole parameter or buffer; then every rank has it, or its share (a collective)."""
+    if hasattr(tensor, "ds_id"):
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+            yield tensor.detach()
+    else:
+        yield tensor.detach()
+        sent = tensor.detach().to(get_accelerator().current_device_name())  # NCCL sends what is on the GPU
+        dist.broadcast(sent, src=0)
+        tensor.detach().copy_(sent)
 
 
 @contextmanager

@@ -34,16 +34,17 @@ def fingerprint_tiny() -> str:
 
 def fingerprint_tokenizer(model: ModelBlock) -> str:
     """Of the tokenizer's files, which a hub id has in the cache."""
-    if model.name_or_path == TINY_MODEL_NAME:
+    name = model.tokenizer_name_or_path
+    if name == TINY_MODEL_NAME:
         return f"{TINY_MODEL_NAME} {fingerprint_tiny()}"
-    directory = Path(model.name_or_path).expanduser()
+    directory = Path(name).expanduser()
     if not directory.is_dir():
         try:
             patterns = list(TOKENIZER_FILES)
-            directory = Path(snapshot_download(model.name_or_path, revision=model.revision, allow_patterns=patterns))
+            directory = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
         except (OSError, HfHubHTTPError, HFValidationError) as error:
             reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise ModelError(f"The tokenizer of {model.name_or_path} cannot be had from the hub: {reason}.") from None
+            raise ModelError(f"The tokenizer of {name} cannot be had from the hub: {reason}.") from None
     digest = hashlib.sha256()
     for path in sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())

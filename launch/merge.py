@@ -6,6 +6,7 @@ masters, and the sum is rounded once.
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME
@@ -41,16 +42,16 @@ def choose_dtype(wanted: str, precision: str) -> str:
     return wanted if wanted != "auto" else {"bf16": "bfloat16"}.get(precision, "float16")
 
 
-def plan_merge(model: PeftModel) -> tuple[list[Part], bool]:
-    """(the tensors of the merged model in order, whether input and output embeddings are still one tensor).
+def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
+    """(the tensors of the merged model in order, second name -> first name of those that are still tied).
 
     Raises MergeError for a kind of adapter layer that this merge does not know, or a trained tensor left over.
     """
     base = model.get_base_model()
     modules = dict(base.named_modules())
     parts: list[Part] = []
-    seen: set[int] = set()  # base tensors that are copied, by identity: a second name of one is a tie
-    tied = False
+    seen: dict[int, str] = {}  # base tensors that are copied, by identity: a second name of one is a tie
+    ties: dict[str, str] = {}
     tensors = [*base.named_parameters(remove_duplicate=False), *_persistent_buffers(base)]
     for path, tensor in tensors:
         owner, _, leaf = path.rpartition(".")
@@ -73,12 +74,12 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], bool]:
                     )
                 lora = layer
         if lora is None and id(tensor) in seen:
-            tied = True
+            ties[name] = seen[id(tensor)]
             continue
-        seen.add(id(tensor))
+        seen[id(tensor)] = name
         parts.append(Part(name, tensor, lora=lora))
     _check_all_used(model, parts)
-    return parts, tied
+    return parts, ties
 
 
 def merge(
@@ -93,23 +94,28 @@ def merge(
 ) -> None:
     """Merge the live model into `target`, which appears whole or not at all. A collective; rank zero writes.
 
+    A model of transformers becomes what `from_pretrained` reads, any other `model.pth`, a state dict like its own.
     Raises MergeError when a merged tensor is not finite in the output type.
     """
-    parts, tied = plan_merge(model)
+    parts, ties = plan_merge(model)
     merged = _merged_tensors(parts, DTYPES[dtype_name])
     if torch.distributed.get_rank() != 0:
         for _ in merged:  # takes part in the gathering
             pass
         return
-    config = copy.deepcopy(model.get_base_model().config)
-    config.dtype = DTYPES[dtype_name]
-    config.tie_word_embeddings = bool(config.tie_word_embeddings and tied)
+    base = model.get_base_model()
 
     def write_files(directory: Path) -> None:
         progress = tqdm(merged, total=len(parts), desc="merge", unit="tensor", leave=False, disable=None)
-        _write_shards(directory, progress, max_shard_size_bytes)
-        config.save_pretrained(str(directory))
-        generation_config.save_pretrained(str(directory))
+        if isinstance(base, PreTrainedModel):
+            _write_shards(directory, progress, max_shard_size_bytes)
+            config = copy.deepcopy(base.config)
+            config.dtype = DTYPES[dtype_name]
+            config.tie_word_embeddings = bool(config.tie_word_embeddings and ties)
+            config.save_pretrained(str(directory))
+            generation_config.save_pretrained(str(directory))
+        else:
+            _write_state_dict(directory, progress, ties)
         tokenizer.save_pretrained(str(directory))
         merged_matrices = sum(part.lora is not None for part in parts)
         report = {"dtype": dtype_name, "tensors": len(parts), "merged_matrices": merged_matrices, **facts}
@@ -182,6 +188,21 @@ def _write_shards(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], 
         weight_map |= dict.fromkeys(names, file_name)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_state_dict(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], ties: dict[str, str]) -> None:
+    """`model.pth` as `torch.save(model.state_dict())` writes it; the tensors wait on the disk, not in memory."""
+    waiting = directory / "tensors"
+    waiting.mkdir()
+    state: dict[str, torch.Tensor] = {}
+    for number, (name, tensor) in enumerate(tensors):
+        if tensor.numel() == 0:
+            state[name] = tensor
+            continue
+        on_disk = torch.from_file(str(waiting / str(number)), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        state[name] = on_disk.view(tensor.shape).copy_(tensor)
+    torch.save(state | {second: state[first] for second, first in ties.items()}, directory / "model.pth")
+    shutil.rmtree(waiting)
 
 
 def _check_all_used(model: PeftModel, parts: Sequence[Part]) -> None:

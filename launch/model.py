@@ -11,11 +11,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from launch import tiny
+from launch import factory, tiny
 from launch.adapter import check_targets
 from launch.errors import ModelError, TemplateError
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
@@ -27,10 +26,10 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def resolve_base(recipe: Recipe, *, show_progress: bool = False) -> str:
-    """What `from_pretrained` is given: the recipe's name or path, or where the tiny model was built."""
+    """Where the base is: the recipe's name or path, or where the tiny model was built."""
     if recipe.model.name_or_path != TINY_MODEL_NAME:
         path = Path(recipe.model.name_or_path).expanduser()
-        return str(path) if path.is_dir() else recipe.model.name_or_path
+        return str(path) if path.exists() else recipe.model.name_or_path
     directory = Path(recipe.run.output_dir) / "base-models" / f"{TINY_MODEL_NAME}-{fingerprint_tiny()}"
     return str(tiny.build_tiny_base(directory, TINY_ROWS, show_progress=show_progress))
 
@@ -40,7 +39,8 @@ def tokenizer_and_template(recipe: Recipe, base: str | None = None) -> tuple[Pre
     if base is None and recipe.model.name_or_path == TINY_MODEL_NAME:
         tokenizer: PreTrainedTokenizerBase = tiny.build_tiny_tokenizer(TINY_ROWS)
     else:
-        tokenizer = load_tokenizer(base or resolve_base(recipe), recipe.model)
+        name = recipe.model.tokenizer and str(Path(recipe.model.tokenizer).expanduser())
+        tokenizer = load_tokenizer(name or base or resolve_base(recipe), recipe.model)
     return tokenizer, choose_template(recipe.data.template, tokenizer)
 
 
@@ -75,13 +75,17 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
 
 
 def fingerprint_base(base: str, model: ModelBlock) -> str:
-    """Tells two bases under one name apart: the hub's commit, or a digest of config.json and samples of the weights."""
+    """Tells two bases under one name apart: the hub's commit, or a digest of its code and samples of its weights."""
     directory = Path(base)
-    if not directory.is_dir():
+    if model.factory is not None:
+        code, weights = Path(model.factory.rpartition(":")[0]).expanduser(), [directory]
+    elif directory.is_dir():
+        code, weights = directory / "config.json", sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    else:
         config = AutoConfig.from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code)
         return f"commit {config._commit_hash}"
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+    digest = hashlib.sha256(code.read_bytes())
+    for path in weights:
         size_bytes = path.stat().st_size
         digest.update(f"{path.name} {size_bytes}".encode())
         with path.open("rb") as file:
@@ -95,7 +99,18 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
     """Find a misspelt target before the weights are read, on a model without weights.
 
     Skipped for remote code, whose modules are only known once it runs; `add_adapter` checks again in any case.
+    Of a factory's model the names and shapes of the weights are compared as well.
     """
+    if recipe.model.factory is not None:
+        skeleton = factory.build_skeleton(recipe.model.factory)
+        factory.check_weights(skeleton, Path(base), recipe.model.factory)
+        if recipe.train.gradient_checkpointing and not hasattr(skeleton, "gradient_checkpointing_enable"):
+            raise ModelError(
+                f"train.gradient_checkpointing is true, but the model of {recipe.model.factory} has no method "
+                "gradient_checkpointing_enable(options); add one, or set it to false."
+            )
+        check_targets(skeleton, recipe.adapter)
+        return
     if recipe.model.trust_remote_code:
         return
     config = AutoConfig.from_pretrained(base, revision=recipe.model.revision)
@@ -106,8 +121,10 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
     check_targets(skeleton, recipe.adapter)
 
 
-def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
-    """The frozen base model in the run's precision; under ZeRO-3 each rank holds its share only (zero.Init)."""
+def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
+    """The base model in the run's precision; under ZeRO-3 each rank holds its share only (zero.Init). A collective."""
+    if model.factory is not None:
+        return factory.build_filled(model.factory, Path(base), DTYPES[precision])
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
             base,
@@ -126,15 +143,14 @@ def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
                 f"The weights of {base} are not whole: {name} is {fault.removesuffix('_keys')} "
                 f"({len(found[fault])} such tensors); transformers would fill them with random numbers."
             )
-    assert isinstance(loaded, PreTrainedModel)
+    assert isinstance(loaded, torch.nn.Module)
     return loaded
 
 
-def serving_generation_config(model: PreTrainedModel, end_token_ids: list[int]) -> GenerationConfig:
+def serving_generation_config(model: torch.nn.Module, end_token_ids: list[int]) -> GenerationConfig:
     """The base's generation config with the trained end tokens added to those that stop."""
-    config = (
-        GenerationConfig.from_dict(model.generation_config.to_dict()) if model.generation_config else GenerationConfig()
-    )
+    base_config = getattr(model, "generation_config", None)
+    config = GenerationConfig.from_dict(base_config.to_dict()) if base_config else GenerationConfig()
     stops = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     # Sampling settings without sampling are an error on saving; transformers' own advice is to switch it on.
     config.do_sample = config.do_sample or any(

@@ -2,8 +2,9 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,19 +70,23 @@ def collate(samples: Samples, ids: Sequence[int], device: torch.device, *, packe
 
 
 def batch_loss(
-    model: torch.nn.Module, batch: Batch, *, select: bool, virtual_columns: int = 0
+    model: torch.nn.Module, batch: Batch, *, accepts: Collection[str], virtual_columns: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`loss_and_sums` of a micro-batch; `select`: the model can compute logits at chosen columns only.
+    """`loss_and_sums` of a micro-batch; `accepts` are the `forward_arguments` of the base model.
 
     `virtual_columns`: so many columns of the logits stand before the first token, those of a soft prompt.
     """
-    logits = _logits(model, batch, select=select, virtual_columns=virtual_columns)
+    logits = _logits(model, batch, accepts=accepts, virtual_columns=virtual_columns)
     return loss_and_sums(logits, batch.targets)
 
 
-def selects_logits(model: torch.nn.Module) -> bool:
-    """Whether the base model's forward computes logits at chosen columns only."""
-    return _accepts(model, "logits_to_keep")
+def forward_arguments(model: torch.nn.Module) -> frozenset[str]:
+    """What the base model's forward can be given by name."""
+    parameters = inspect.signature(model.forward).parameters
+    names = frozenset(parameters)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        names |= {"attention_mask", "use_cache"}  # the others change what comes out: whoever heeds them names them
+    return names
 
 
 def choose_packing(
@@ -97,10 +102,12 @@ def choose_packing(
         return False, "padded: the recipe says so"
     if num_virtual_tokens:
         return False, f"padded: {num_virtual_tokens} virtual tokens stand before each sample"
-    if not _accepts(base, "position_ids", "logits_to_keep"):
+    accepts = forward_arguments(base)
+    if not {"position_ids", "logits_to_keep"} <= accepts:
         return False, f"padded: {type(base).__name__} takes no position_ids or logits_to_keep"
     engine.eval()
-    leak = torch.tensor(leak_between_samples(engine, samples, device), device=device).nan_to_num(nan=math.inf)
+    found = leak_between_samples(engine, samples, device, accepts=accepts)
+    leak = torch.tensor(found, device=device).nan_to_num(nan=math.inf)
     engine.train()
     torch.distributed.all_reduce(leak, torch.distributed.ReduceOp.MAX)
     tolerance = LEAK_TOLERANCE[next(base.parameters()).dtype]
@@ -110,7 +117,9 @@ def choose_packing(
 
 
 @torch.no_grad()
-def leak_between_samples(model: torch.nn.Module, samples: Samples, device: torch.device, longest: int = 64) -> float:
+def leak_between_samples(
+    model: torch.nn.Module, samples: Samples, device: torch.device, *, accepts: Collection[str], longest: int = 64
+) -> float:
     """Relative change of a sample's logits when another is packed before it; call on all ranks, in eval mode.
 
     A signature is no evidence: some architectures take `position_ids` and let packed samples see each other. The
@@ -120,31 +129,32 @@ def leak_between_samples(model: torch.nn.Module, samples: Samples, device: torch
     packed = torch.from_numpy(np.concatenate([first, second])).to(device)[None]  # [1, seq]
     positions = torch.from_numpy(np.concatenate([np.arange(len(first)), np.arange(len(second))])).to(device)
     columns = torch.arange(len(first), len(first) + len(second), device=device)
-    together = model(input_ids=packed, position_ids=positions[None], logits_to_keep=columns, use_cache=False).logits[
-        0
-    ]  # [second, vocab]
-    alone = model(input_ids=torch.from_numpy(second).to(device)[None], use_cache=False).logits[0]
+    cache = {"use_cache": False} if "use_cache" in accepts else {}
+    output = model(input_ids=packed, position_ids=positions[None], logits_to_keep=columns, **cache)
+    together = _logits_of(output)[0]  # [second, vocab]
+    alone = _logits_of(model(input_ids=torch.from_numpy(second).to(device)[None], **cache))[0]
     return float((together.float() - alone.float()).abs().max() / alone.float().abs().max().clamp_min(1e-12))
 
 
-def _accepts(model: torch.nn.Module, *names: str) -> bool:
-    return set(names) <= inspect.signature(model.forward).parameters.keys()
-
-
-def _logits(model: torch.nn.Module, batch: Batch, *, select: bool, virtual_columns: int) -> torch.Tensor:
+def _logits(model: torch.nn.Module, batch: Batch, *, accepts: Collection[str], virtual_columns: int) -> torch.Tensor:
     """[positions, vocab]; a micro-batch without targets gives the one row that its backward pass starts from."""
     rows, columns = batch.row_index, batch.column_index + virtual_columns
     if batch.targets.numel() == 0:
         rows = columns = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
-    arguments = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
-    arguments = {name: value for name, value in arguments.items() if value is not None}
+    given = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    arguments = {name: value for name, value in given.items() if value is not None and name in accepts}
     if batch.position_ids is not None:
-        logits: torch.Tensor = model(
-            input_ids=batch.input_ids, logits_to_keep=columns, use_cache=False, **arguments
-        ).logits  # [1, positions, vocab]
-        return logits[0]
-    if select:
+        output = model(input_ids=batch.input_ids, logits_to_keep=columns, **arguments)
+        return _logits_of(output)[0]  # of [1, positions, vocab]
+    if "logits_to_keep" in accepts:
         kept, column_of = torch.unique(columns, return_inverse=True)
         arguments["logits_to_keep"], columns = kept, column_of
-    logits = model(input_ids=batch.input_ids, use_cache=False, **arguments).logits  # [batch, columns, vocab]
-    return logits[rows, columns]
+    return _logits_of(model(input_ids=batch.input_ids, **arguments))[rows, columns]  # of [batch, columns, vocab]
+
+
+def _logits_of(output: Any) -> torch.Tensor:
+    """[batch, columns, vocab] of what a forward returns: logits, (logits, ...) or an object that has them."""
+    if isinstance(output, torch.Tensor):
+        return output
+    logits: torch.Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits

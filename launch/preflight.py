@@ -38,6 +38,11 @@ def check_model(model: ModelBlock) -> None:
     name = model.name_or_path
     if name == TINY_MODEL_NAME:
         return
+    if model.factory is not None:
+        for key, file in (("name_or_path", name), ("factory", model.factory.rpartition(":")[0])):
+            if not Path(file).expanduser().is_file():
+                raise ModelError(f"model.{key} = {getattr(model, key)}: there is no file {file}.")
+        return
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -20,10 +20,25 @@ class Block(BaseModel):
 class ModelBlock(Block):
     """The base model: a hub id, a local directory, or `tiny-qwen2`, which is built on the spot."""
 
-    name_or_path: str = Field(min_length=1)
+    name_or_path: str = Field(min_length=1)  # with a factory: a .pth file, the state dict of what it builds
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    factory: str | None = Field(None, pattern=r"\.py:[A-Za-z_]\w*$")  # FILE.py:FUNCTION, which builds your own module
+    tokenizer: str | None = None  # a hub id or a directory, for a factory; other models bring theirs
+
+    @model_validator(mode="after")
+    def _agree(self) -> "ModelBlock":
+        if (self.factory is None) != (self.tokenizer is None):
+            raise ValueError(
+                "factory and tokenizer go together: a .pth file has no tokenizer, and other models bring theirs"
+            )
+        return self
+
+    @property
+    def tokenizer_name_or_path(self) -> str:
+        """Where the tokenizer is loaded from."""
+        return self.tokenizer or self.name_or_path
 
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "question_answer", "prompt_completion"]
@@ -228,6 +243,16 @@ class Recipe(Block):
 
     def _check_adapter(self) -> None:
         adapter = self.adapter
+        if self.model.factory is not None:
+            if not isinstance(adapter, LoraBlock):
+                raise ValueError(
+                    f"adapter.type = {adapter.type} needs a model of transformers; with model.factory use lora"
+                )
+            if adapter.target_modules in (None, "all-linear"):
+                raise ValueError(
+                    "adapter.target_modules must name the layers of a model.factory, such as [query_key_value]: which "
+                    "of them is the output head, and no target, only you know"
+                )
         if isinstance(adapter, LoraBlock):
             if adapter.target_modules is not None and not adapter.target_modules:
                 raise ValueError("adapter.target_modules is empty; name modules such as q_proj, or leave it out")

@@ -22,7 +22,7 @@ LAYERS = (
     "launch.ledger",
     "launch.data_report",
     "launch.data launch.data_page",
-    "launch.tiny launch.model launch.adapter launch.engine launch.packing launch.report",
+    "launch.tiny launch.model launch.factory launch.adapter launch.engine launch.packing launch.report",
     "launch.checkpoint launch.merge",
     "train launch.__main__",
 )
@@ -31,6 +31,8 @@ LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.s
 WITHIN_A_LAYER = {
     ("launch.model", "launch.tiny"),
     ("launch.model", "launch.adapter"),
+    ("launch.model", "launch.factory"),
+    ("launch.factory", "launch.engine"),
     ("launch.merge", "launch.checkpoint"),
 }
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "accelerate")

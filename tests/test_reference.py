@@ -21,7 +21,7 @@ from launch.checkpoint import path_of_step
 from launch.config import load_recipe
 from launch.data import prepare
 from launch.model import load_base, tokenizer_and_template
-from launch.packing import batch_loss, collate
+from launch.packing import batch_loss, collate, forward_arguments
 from launch.recipe import Recipe
 from launch.samples import Samples
 
@@ -61,12 +61,13 @@ def our_step(recipe_path: Path) -> tuple[float, dict[str, Any]]:
     ids = batching.step_samples(0, len(samples), settings.global_batch_size, 10_000, settings.seed)
     lengths = samples.lengths[ids].tolist()
     adapter, budget = recipe.adapter, settings.max_tokens_per_micro_batch
-    packed = adapter.num_virtual_tokens == 0
+    accepts = forward_arguments(base)
+    packed = adapter.num_virtual_tokens == 0 and "position_ids" in accepts
     mine = batching.lay_out(ids, lengths, budget, dist.get_world_size(), padded=not packed)[dist.get_rank()]
     sums = torch.zeros(3, dtype=torch.float64)
     for index, micro_batch in enumerate(mine):
         batch = collate(samples, micro_batch, accelerator.device, packed=packed)
-        loss, micro_sums = batch_loss(engine, batch, select=True, virtual_columns=adapter.num_virtual_columns)
+        loss, micro_sums = batch_loss(engine, batch, accepts=accepts, virtual_columns=adapter.num_virtual_columns)
         engines.backward(engine, loss / int(samples.num_trained[ids].sum()), is_last=index == len(mine) - 1)
         sums += micro_sums
     dist.all_reduce(sums)
@@ -82,8 +83,12 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(world: World, num
 
 def assert_our_step_is_theirs(path: Path, num_ranks: int) -> None:
     """Loss and every gradient, none of which is zero."""
-    loss, gradients = run_ranks(num_ranks, our_step, path)[0]
-    expected, reference = run_ranks(1, their_step, path)[0]
+    assert_equal_steps(run_ranks(num_ranks, our_step, path)[0], run_ranks(1, their_step, path)[0])
+
+
+def assert_equal_steps(ours: tuple[float, dict[str, Any]], theirs: tuple[float, dict[str, Any]]) -> None:
+    """(loss, gradients) of both sides."""
+    (loss, gradients), (expected, reference) = ours, theirs
     assert loss == pytest.approx(expected, rel=1e-5)
     assert gradients.keys() == reference.keys()
     for name, gradient in reference.items():
