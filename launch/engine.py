@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -33,6 +33,7 @@ from deepspeed.utils import (  # noqa: E402
 )
 from torch.distributed.distributed_c10d import _get_default_store  # noqa: E402
 from transformers import get_scheduler  # noqa: E402
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: E402
 
 from launch.errors import CheckpointError, PreflightError  # noqa: E402
 from launch.recipe import Recipe, TrainBlock  # noqa: E402
@@ -266,6 +267,18 @@ def whole_parameter(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
         yield parameter.detach()
 
 
+@contextmanager
+def written_whole(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Parameters are whole while inside; what rank zero writes is everyone's (a collective for what is partitioned)."""
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+        yield
+
+
+def end_zero_init() -> None:
+    """From here on this rank loads whole models; under ZeRO-3 it would load its share, and wait for the other ranks."""
+    unset_hf_deepspeed_config()
+
+
 def whole_master(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The fp32 master of a trainable parameter, whole, on every rank (a collective)."""
     master: torch.Tensor = safe_get_full_fp32_param(parameter).detach()
@@ -273,8 +286,9 @@ def whole_master(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Shape of the whole parameter, partitioned or not."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Shape of the whole parameter, partitioned or not, quantised or not."""
+    quantised = getattr(parameter, "quant_state", None)
+    return tuple(quantised.shape if quantised is not None else getattr(parameter, "ds_shape", parameter.shape))
 
 
 def bytes_on_this_rank(engine: Engine) -> dict[str, int]:

@@ -19,6 +19,7 @@ from launch import tiny
 from launch.adapter import check_targets
 from launch.errors import ModelError, TemplateError
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
+from launch.quantisation import keep_layout, quantisation
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.templates import ChatTemplate, load_chat_template
 
@@ -39,13 +40,14 @@ def tokenizer_and_template(recipe: Recipe, base: str | None = None) -> tuple[Pre
     """What turns the recipe's conversations into tokens; without `base`, the tiny base is not built for it."""
     if base is None and recipe.model.name_or_path == TINY_MODEL_NAME:
         tokenizer: PreTrainedTokenizerBase = tiny.build_tiny_tokenizer(TINY_ROWS)
+        add_tokens(tokenizer, recipe.model)
     else:
         tokenizer = load_tokenizer(base or resolve_base(recipe), recipe.model)
     return tokenizer, choose_template(recipe.data.template, tokenizer)
 
 
 def load_tokenizer(base: str, model: ModelBlock) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer. Raises ModelError when it cannot be loaded."""
+    """The base model's tokenizer with the recipe's tokens. Raises ModelError when it cannot be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -53,7 +55,24 @@ def load_tokenizer(base: str, model: ModelBlock) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The tokenizer of {base} cannot be loaded: {_first_line(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    add_tokens(tokenizer, model)
     return tokenizer
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, model: ModelBlock) -> None:
+    """Add the recipe's tokens in its order; those that are there keep their ids, and are special from now on."""
+    tokens = list(model.extra_special_tokens)
+    tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
+    named = {"eos_token": model.eos_token, "pad_token": model.pad_token}
+    tokenizer.add_special_tokens({name: token for name, token in named.items() if token is not None})
+
+
+def added_token_ids(tokenizer: PreTrainedTokenizerBase, base: str, model: ModelBlock) -> set[int]:
+    """The ids of the tokenizer that the base's own does not have, so that the base was not trained on them."""
+    if model == model.without_tokens:
+        return set()
+    own = load_tokenizer(base, model.without_tokens).get_vocab().values()
+    return set(tokenizer.get_vocab().values()) - set(own)
 
 
 def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -107,15 +126,21 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
 
 
 def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
-    """The frozen base model in the run's precision; under ZeRO-3 each rank holds its share only (zero.Init)."""
+    """The frozen base model in the run's precision; under ZeRO-3 each rank holds its share only (zero.Init).
+
+    With `load_in_4bit` each rank quantises the whole model, and ZeRO-3 shares it out when the engine starts.
+    """
+    dtype = DTYPES[precision]
+    quantised = {"quantization_config": quantisation(model, dtype)} if model.load_in_4bit else {}
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
             base,
             output_loading_info=True,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
-            dtype=DTYPES[precision],
+            dtype=dtype,
             attn_implementation=model.attn_implementation,
+            **quantised,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The base model {base} cannot be loaded: {_first_line(error)}") from None
@@ -127,6 +152,8 @@ def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
                 f"({len(found[fault])} such tensors); transformers would fill them with random numbers."
             )
     assert isinstance(loaded, PreTrainedModel)
+    if model.load_in_4bit:
+        keep_layout(loaded)
     return loaded
 
 

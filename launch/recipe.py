@@ -24,6 +24,20 @@ class ModelBlock(Block):
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    load_in_4bit: bool = (
+        False  # all linear layers but the head, by bitsandbytes; they are merged in 16 bits all the same
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = False  # the quantisation's constants are quantised, too
+    # Tokens for the tokenizer; those it does not have are added, and get rows in the embeddings and the head.
+    extra_special_tokens: Names = ()
+    eos_token: str | None = Field(None, min_length=1)  # None: the tokenizer's own
+    pad_token: str | None = Field(None, min_length=1)  # None: the tokenizer's own
+
+    @property
+    def without_tokens(self) -> "ModelBlock":
+        """The same base with its tokenizer as it is."""
+        return self.model_copy(update={"extra_special_tokens": (), "eos_token": None, "pad_token": None})
 
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "question_answer", "prompt_completion"]
@@ -223,8 +237,22 @@ class Recipe(Block):
             raise ValueError("train.warmup_steps and train.warmup_ratio are both set; keep one")
         if self.train.load_best_model_at_end and self.train.eval_steps is None:
             raise ValueError("train.load_best_model_at_end needs evaluations to choose from; set train.eval_steps")
+        self._check_model()
         self._check_adapter()
         return self
+
+    def _check_model(self) -> None:
+        model = self.model
+        if not model.load_in_4bit and (model.bnb_4bit_quant_type != "nf4" or model.bnb_4bit_use_double_quant):
+            raise ValueError(
+                "model.bnb_4bit_quant_type and bnb_4bit_use_double_quant say how the base is quantised, but it is not; "
+                "set model.load_in_4bit: true, or leave them out"
+            )
+        tokens = model.extra_special_tokens
+        if "" in tokens or len(set(tokens)) < len(tokens):
+            raise ValueError(
+                f"model.extra_special_tokens = {list(tokens)} has an empty token, or one twice; list each token once"
+            )
 
     def _check_adapter(self) -> None:
         adapter = self.adapter

@@ -22,8 +22,8 @@ LAYERS = (
     "launch.ledger",
     "launch.data_report",
     "launch.data launch.data_page",
-    "launch.tiny launch.model launch.adapter launch.engine launch.packing launch.report",
-    "launch.checkpoint launch.merge",
+    "launch.tiny launch.quantisation launch.model launch.adapter launch.engine launch.packing launch.report",
+    "launch.checkpoint launch.merge launch.vocabulary",
     "train launch.__main__",
 )
 NUM_LIGHT_LAYERS = 7  # these start fast on a login node
@@ -31,6 +31,7 @@ LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.s
 WITHIN_A_LAYER = {
     ("launch.model", "launch.tiny"),
     ("launch.model", "launch.adapter"),
+    ("launch.model", "launch.quantisation"),
     ("launch.merge", "launch.checkpoint"),
 }
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "accelerate")
