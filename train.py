@@ -6,6 +6,7 @@ The same command again continues where the run stopped.
 """
 
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
 FLAGSHIP = "configs/recipes/qwen1.5-14b-lora.yaml"
 LAUNCH_COMMAND = "accelerate launch --config_file configs/accelerate/zero3.yaml train.py"
-LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "safetensors", "tokenizers")
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -407,7 +408,8 @@ def is_finished(recipe: Recipe) -> bool:
 
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
-    return {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
+    found = [library for library in LIBRARIES if importlib.util.find_spec(library)]  # bitsandbytes may be left out
+    return {"python": platform.python_version(), **{library: version(library) for library in found}}
 
 
 if __name__ == "__main__":
