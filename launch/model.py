@@ -19,7 +19,7 @@ from launch import tiny
 from launch.adapter import check_targets
 from launch.errors import ModelError, TemplateError
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
-from launch.quantisation import keep_layout, quantisation
+from launch.quantisation import is_quantised, keep_layout, quantisation
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.templates import ChatTemplate, load_chat_template
 
@@ -152,6 +152,11 @@ def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
                 f"({len(found[fault])} such tensors); transformers would fill them with random numbers."
             )
     assert isinstance(loaded, PreTrainedModel)
+    if is_quantised(loaded) and loaded.hf_quantizer.pre_quantized:
+        raise ModelError(
+            f"The weights of {base} are in 4 bits already, and an adapter can only be merged into the ones that they "
+            "were made of; name those in model.name_or_path, and set model.load_in_4bit to true."
+        )
     if model.load_in_4bit:
         keep_layout(loaded)
     return loaded

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, World, build_base, build_tokenizer, deepspeed_json, launch, run_ranks
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_launch import finish, ranks_of, start, wait_until
 from test_reference import samples_of, their_loss
@@ -31,6 +32,7 @@ from launch import engine as engines
 from launch.checkpoint import path_of_step
 from launch.config import load_recipe
 from launch.data import prepare
+from launch.errors import ModelError
 from launch.model import add_tokens, added_token_ids, load_base, load_tokenizer, tokenizer_and_template
 from launch.recipe import ModelBlock, Recipe
 from launch.vocabulary import fit_vocabulary
@@ -264,6 +266,19 @@ def test_losses_are_those_of_a_plain_loop(
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_in_16_bits_the_base_stays_packed_and_losses_are_near(phi: World, stage: int, tmp_path: Path) -> None:
+    """DeepSpeed casts the model's weights to the run's type, which must not reach the packed ones."""
+    name = f"bf16-{stage}"
+    recipe = phi_recipe(phi, name, train={"precision": "bf16"}, run={"merge": True})
+    launch(recipe, 2, deepspeed=deepspeed_json(tmp_path, stage))
+    found = [record["loss"] for record in phi.metrics(name, "train")]
+    assert found[:3] == pytest.approx(run_ranks(1, their_losses, recipe)[0][:3], rel=1e-2)
+    with safe_open(phi.run_directory(name) / "merged" / "model.safetensors", "pt") as file:
+        assert file.get_tensor("model.layers.0.mlp.fc1.weight").dtype == torch.bfloat16
+
+
 # ---- a stop, and the merge ----
 
 
@@ -385,6 +400,13 @@ def test_added_tokens_without_trained_rows_are_refused(phi: World, capfd: pytest
         "'<|im_start|>', '<|im_end|>': added to the tokenizer, but lm_head is not trained, so that all added rows "
         "would stay the same; put lm_head into adapter.modules_to_save."
     ) in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [NF4, WHOLE])
+def test_a_base_that_is_published_in_4_bits_is_refused(phi: World, settings: dict[str, Any], tmp_path: Path) -> None:
+    their_base(load_recipe(phi_recipe(phi, "published")), quantised=True).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"in 4 bits already.*; name those in model\.name_or_path, and set"):
+        load_base(str(tmp_path), ModelBlock(name_or_path=str(tmp_path), **settings), "fp32")
 
 
 WITHOUT_BITSANDBYTES = """if True:
