@@ -19,7 +19,7 @@ from launch import tiny
 from launch.adapter import check_targets
 from launch.errors import ModelError, TemplateError
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
-from launch.quantisation import is_quantised, keep_layout, quantisation
+from launch.quantisation import check_usable, is_quantised, keep_layout, quantisation
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.templates import ChatTemplate, load_chat_template
 
@@ -111,10 +111,13 @@ def fingerprint_base(base: str, model: ModelBlock) -> str:
 
 
 def check_adapter_fits(base: str, recipe: Recipe) -> None:
-    """Find a misspelt target before the weights are read, on a model without weights.
+    """Find a misspelt target before the weights are read, on a model without weights, and that they can be quantised.
 
-    Skipped for remote code, whose modules are only known once it runs; `add_adapter` checks again in any case.
+    Targets are skipped for remote code, whose modules are only known once it runs; `add_adapter` checks them again in
+    any case.
     """
+    if recipe.model.load_in_4bit:
+        check_usable()
     if recipe.model.trust_remote_code:
         return
     config = AutoConfig.from_pretrained(base, revision=recipe.model.revision)

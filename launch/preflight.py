@@ -1,13 +1,12 @@
 """What can be refused without torch and before a weight is read."""
 
-import importlib
 import importlib.util
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from launch.errors import ConfigError, ModelError, PreflightError
+from launch.errors import ConfigError, ModelError
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 
 # The trackers of accelerate 1.15 and the package that each one needs.
@@ -27,26 +26,11 @@ TRACKERS = {
 def check(recipe: Recipe) -> None:
     """Raises a LaunchError for the first thing that would stop the run later."""
     check_model(recipe.model)
-    check_quantisation(recipe.model)
     for tracker in recipe.run.report_to:
         if tracker not in TRACKERS:
             raise ConfigError(f"run.report_to: {tracker!r} is not a tracker; the valid ones are {', '.join(TRACKERS)}.")
         if importlib.util.find_spec(TRACKERS[tracker]) is None:
             raise ConfigError(f"run.report_to: {tracker} is not installed; run pip install {TRACKERS[tracker]}.")
-
-
-def check_quantisation(model: ModelBlock) -> None:
-    """bitsandbytes is there, and works, when the recipe asks for it; only importing it tells (which imports torch)."""
-    if not model.load_in_4bit:
-        return
-    try:
-        importlib.import_module("bitsandbytes")
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise PreflightError(
-            f"model.load_in_4bit needs bitsandbytes, which cannot be imported here ({reason}); install the version "
-            "that requirements.txt names, or set model.load_in_4bit to false."
-        ) from None
 
 
 def check_model(model: ModelBlock) -> None:

@@ -5,10 +5,26 @@ not quantised to fp32, which DeepSpeed casts back to the run's 16-bit type (trai
 masters); and it lets inputs require gradients, for the kind of gradient checkpointing that is not used here.
 """
 
+import importlib
+
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from launch.errors import PreflightError
 from launch.recipe import ModelBlock
+
+
+def check_usable() -> None:
+    """Quantise a few zeros. Raises PreflightError when bitsandbytes is not there, or not for this machine."""
+    try:
+        functional = importlib.import_module("bitsandbytes.functional")
+        functional.quantize_4bit(torch.zeros(64, device="cuda" if torch.cuda.is_available() else "cpu"))
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise PreflightError(
+            f"model.load_in_4bit needs bitsandbytes, which does not work here ({reason}); install the version that "
+            "requirements.txt names, or set model.load_in_4bit to false."
+        ) from None
 
 
 def quantisation(model: ModelBlock, dtype: torch.dtype) -> BitsAndBytesConfig:

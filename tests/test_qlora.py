@@ -429,8 +429,8 @@ def test_without_bitsandbytes_4_bits_are_refused_and_the_rest_works(phi: World) 
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr == (
-        "Refused: model.load_in_4bit needs bitsandbytes, which cannot be imported here (No module named 'bitsandbytes'"
-        "); install the version that requirements.txt names, or set model.load_in_4bit to false.\n"
+        "Refused: model.load_in_4bit needs bitsandbytes, which does not work here (No module named 'bitsandbytes'); "
+        "install the version that requirements.txt names, or set model.load_in_4bit to false.\n"
     )
     whole = ["model.load_in_4bit=false", "model.bnb_4bit_use_double_quant=false"]
     assert subprocess.run([*command, *whole], capture_output=True, check=False).returncode == 0
