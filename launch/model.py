@@ -61,10 +61,14 @@ def load_tokenizer(base: str, model: ModelBlock) -> PreTrainedTokenizerBase:
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, model: ModelBlock) -> None:
     """Add the recipe's tokens in its order; those that are there keep their ids, and are special from now on."""
-    tokens = list(model.extra_special_tokens)
-    tokenizer.add_special_tokens({"extra_special_tokens": tokens}, replace_extra_special_tokens=False)
-    named = {"eos_token": model.eos_token, "pad_token": model.pad_token}
-    tokenizer.add_special_tokens({name: token for name, token in named.items() if token is not None})
+    given = {
+        "extra_special_tokens": list(model.extra_special_tokens),
+        "eos_token": model.eos_token,
+        "pad_token": model.pad_token,
+    }
+    tokenizer.add_special_tokens(
+        {name: tokens for name, tokens in given.items() if tokens}, replace_extra_special_tokens=False
+    )
 
 
 def added_token_ids(tokenizer: PreTrainedTokenizerBase, base: str, model: ModelBlock) -> set[int]:

@@ -40,7 +40,7 @@ def quantisation(model: ModelBlock, dtype: torch.dtype) -> BitsAndBytesConfig:
 def keep_layout(model: PreTrainedModel) -> None:
     """On CPUs with bf16 units, bitsandbytes packs a layer otherwise once it is evaluated, and does not pack it back.
 
-    Gradients then end at that layer (without a word where it has no bias), and it computes in bf16.
+    Gradients then end at that layer, and it computes in bf16.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -24,9 +24,7 @@ class ModelBlock(Block):
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    load_in_4bit: bool = (
-        False  # all linear layers but the head, by bitsandbytes; they are merged in 16 bits all the same
-    )
+    load_in_4bit: bool = False  # by bitsandbytes: all linear layers but the head; merged in 16 bits all the same
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     bnb_4bit_use_double_quant: bool = False  # the quantisation's constants are quantised, too
     # Tokens for the tokenizer; those it does not have are added, and get rows in the embeddings and the head.

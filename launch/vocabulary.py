@@ -25,7 +25,7 @@ def fit_vocabulary(
     """
     for name in ("eos_token", "pad_token"):
         if getattr(settings, name) is not None:
-            for config in (model.config, model.generation_config):
+            for config in filter(None, (model.config, model.generation_config)):
                 setattr(config, f"{name}_id", getattr(tokenizer, f"{name}_id"))
     if not added:
         return
