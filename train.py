@@ -5,6 +5,8 @@
 The same command again continues where the run stopped.
 """
 
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -17,12 +19,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from launch import batching, preemption, preflight, runs
@@ -37,6 +38,7 @@ from launch.data_report import outcomes_line
 from launch.errors import DataError, LaunchError
 from launch.model import (
     DTYPES,
+    added_token_ids,
     check_adapter_fits,
     fingerprint_base,
     load_base,
@@ -45,15 +47,20 @@ from launch.model import (
     tokenizer_and_template,
 )
 from launch.packing import batch_loss, choose_packing, collate, forward_arguments
+from launch.quantisation import quantised_line
 from launch.recipe import Recipe
 from launch.report import RunLog
 from launch.samples import Samples
 from launch.table import format_bytes, format_table
+from launch.vocabulary import check_added_are_trained, fit_vocabulary, load_unquantised
 from metrics.tokens import TokenCounts, counts_from_sums
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 FLAGSHIP = "configs/recipes/qwen1.5-14b-lora.yaml"
 LAUNCH_COMMAND = "accelerate launch --config_file configs/accelerate/zero3.yaml train.py"
-LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "safetensors", "tokenizers")
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -109,7 +116,10 @@ def train(recipe: Recipe) -> None:
 
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
     base = load_base(found["base"], recipe.model, precision)
+    added = added_token_ids(tokenizer, found["base"], recipe.model)
+    fit_vocabulary(base, tokenizer, added, recipe.model)
     model = add_adapter(base, recipe.adapter, base=found["base"], seed=recipe.train.seed, dtype=DTYPES[precision])
+    check_added_are_trained(model, tokenizer, added)
     generation_config = serving_generation_config(base, found["end_token_ids"])
     if recipe.merges:
         merging.plan_merge(model)  # refuses now what it could not merge at the end
@@ -138,6 +148,7 @@ def train(recipe: Recipe) -> None:
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
     chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
+        unquantised = functools.partial(load_unquantised, found["base"], recipe.model, tokenizer, added)
         merging.merge(
             model,
             tokenizer,
@@ -146,6 +157,7 @@ def train(recipe: Recipe) -> None:
             dtype_name=merging.choose_dtype(recipe.run.merge_dtype, precision),
             max_shard_size_bytes=recipe.run.max_shard_size_bytes,
             facts={"step": chosen, "base": found["base"]},
+            load_unquantised=unquantised if recipe.model.load_in_4bit else None,
         )
     accelerator.end_training()
     if accelerator.is_main_process:
@@ -284,7 +296,7 @@ class Job:
     recipe: Recipe
     accelerator: Accelerator
     engine: engines.Engine
-    model: PeftModel
+    model: "PeftModel"
     tokenizer: PreTrainedTokenizerBase
     samples: Samples
     held_out: Samples
@@ -362,6 +374,7 @@ def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, chec
         ("run", f"{recipe.run_directory}, {f'resumed after step {checkpoint.step}' if checkpoint else 'from step 0'}"),
         ("layout", f"{dist.get_world_size()} ranks, DeepSpeed ZeRO-{stage}, {job.accelerator.device.type}"),
         ("precision", precision),
+        *([("base", quantised_line(recipe.model, stage))] if recipe.model.load_in_4bit else []),
         ("rows", f"{rows_line}; data_report.json has every one"),
         ("steps", f"{job.total_steps:,} of {settings.global_batch_size} samples; an epoch has {len(samples):,}"),
         (
@@ -395,7 +408,8 @@ def is_finished(recipe: Recipe) -> bool:
 
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
-    return {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
+    found = [library for library in LIBRARIES if importlib.util.find_spec(library)]  # bitsandbytes may be left out
+    return {"python": platform.python_version(), **{library: version(library) for library in found}}
 
 
 if __name__ == "__main__":

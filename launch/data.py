@@ -178,6 +178,7 @@ def _key(recipe: Recipe, files: Sequence[DataFile]) -> str:
             [version(library) for library in _LIBRARIES],
             fingerprint_tokenizer(recipe.model),
             recipe.model.trust_remote_code,
+            recipe.model.model_dump(include={"extra_special_tokens", "eos_token", "pad_token"}),
             "" if data.template == "tokenizer" else load_chat_template(data.template).source,
             [load_prompt_template(name) for name in sorted(filter(None, prompt_templates))],
             data.model_dump(mode="json", exclude=of_split),
@@ -275,7 +276,7 @@ def _check_stop_token(tokenizer: "PreTrainedTokenizerBase", template: ChatTempla
         raise TemplateError(
             f"An answer of the template {template.name} ends with {tokenizer.decode([last])!r}, which is no special "
             "token of this tokenizer, so that the model would never learn to stop; choose the data.template of this "
-            "model, or a base whose tokenizer has the end token of this one."
+            "model, or add its end token with model.extra_special_tokens."
         )
 
 

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -37,6 +37,7 @@ from transformers.integrations.deepspeed import (  # noqa: E402
     deepspeed_config,
     is_deepspeed_zero3_enabled,
     prevent_arange_dtype_change,
+    unset_hf_deepspeed_config,
 )
 
 from launch.errors import CheckpointError, PreflightError  # noqa: E402
@@ -297,6 +298,18 @@ def whole_parameter(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
         yield parameter.detach()
 
 
+@contextmanager
+def written_whole(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Parameters are whole while inside; what rank zero writes is everyone's (a collective for what is partitioned)."""
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+        yield
+
+
+def end_zero_init() -> None:
+    """From here on this rank loads whole models; under ZeRO-3 it would load its share, and wait for the other ranks."""
+    unset_hf_deepspeed_config()
+
+
 def whole_master(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The fp32 master of a trainable parameter, whole, on every rank (a collective)."""
     master: torch.Tensor = safe_get_full_fp32_param(parameter).detach()
@@ -304,8 +317,9 @@ def whole_master(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Shape of the whole parameter, partitioned or not."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Shape of the whole parameter, partitioned or not, quantised or not."""
+    quantised = getattr(parameter, "quant_state", None)
+    return tuple(quantised.shape if quantised is not None else getattr(parameter, "ds_shape", parameter.shape))
 
 
 def bytes_on_this_rank(engine: Engine) -> dict[str, int]:

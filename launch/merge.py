@@ -1,18 +1,19 @@
 """Adapter + base -> a directory that serving tools load, one tensor at a time: peak memory is one shard and one tensor.
 
 One rounding rule: the base tensor is cast to the output type, scaling * B A is formed and added in fp32 from the fp32
-masters, and the sum is rounded once.
+masters, and the sum is rounded once. A quantised base is read anew for it, whole, by rank zero.
 """
 
 import copy
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners import lora as peft_lora
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from launch import engine as engines
 from launch.adapter import ADAPTER_NAME
 from launch.checkpoint import publish
 from launch.errors import MergeError
+from launch.quantisation import is_quantised
 from launch.runs import write_json
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -49,6 +51,7 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
     """
     base = model.get_base_model()
     modules = dict(base.named_modules())
+    plain = (LoraLinear, peft_lora.Linear4bit) if is_quantised(base) else (LoraLinear,)
     parts: list[Part] = []
     seen: dict[int, str] = {}  # base tensors that are copied, by identity: a second name of one is a tie
     ties: dict[str, str] = {}
@@ -68,7 +71,7 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
             name = f"{wrapper}.{leaf}"
             if leaf == "weight":
                 layer = modules[wrapper]
-                if type(layer) is not LoraLinear or layer.fan_in_fan_out or layer.use_dora.get(ADAPTER_NAME):
+                if type(layer) not in plain or layer.fan_in_fan_out or layer.use_dora.get(ADAPTER_NAME):
                     raise MergeError(
                         f"{wrapper}: a {type(layer).__name__} layer cannot be merged yet; set run.merge=false."
                     )
@@ -91,19 +94,25 @@ def merge(
     dtype_name: str,
     max_shard_size_bytes: int,
     facts: dict[str, object],
+    load_unquantised: Callable[[torch.dtype], PreTrainedModel] | None = None,
 ) -> None:
     """Merge the live model into `target`, which appears whole or not at all. A collective; rank zero writes.
 
-    A model of transformers becomes what `from_pretrained` reads, any other `model.pth`, a state dict like its own.
+    A model of transformers becomes what `from_pretrained` reads, any other `model.pth`, a state dict like its own. Of a
+    quantised base, what is not trained comes from what `load_unquantised` gives in the output type, on rank zero.
     Raises MergeError when a merged tensor is not finite in the output type.
     """
     parts, ties = plan_merge(model)
-    merged = _merged_tensors(parts, DTYPES[dtype_name])
-    if torch.distributed.get_rank() != 0:
+    dtype, is_writer = DTYPES[dtype_name], torch.distributed.get_rank() == 0
+    base, others = model.get_base_model(), None
+    if load_unquantised is not None:
+        base = load_unquantised(dtype) if is_writer else base
+        others = dict(base.state_dict(keep_vars=True)) if is_writer else {}
+    merged = _merged_tensors(parts, dtype, others)
+    if not is_writer:
         for _ in merged:  # takes part in the gathering
             pass
         return
-    base = model.get_base_model()
 
     def write_files(directory: Path) -> None:
         progress = tqdm(merged, total=len(parts), desc="merge", unit="tensor", leave=False, disable=None)
@@ -132,8 +141,13 @@ def add_lora(
     return (weight.to(dtype).float() + scaling * product).to(dtype)
 
 
-def _merged_tensors(parts: Sequence[Part], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, merged tensor on the CPU); every rank iterates, the values are whole on rank zero."""
+def _merged_tensors(
+    parts: Sequence[Part], dtype: torch.dtype, others: Mapping[str, torch.Tensor] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, merged tensor on the CPU); every rank iterates, the values are whole on rank zero.
+
+    `others`, if given, has the base's tensors by name, whole on rank zero; the live ones are quantised.
+    """
     is_writer = torch.distributed.get_rank() == 0
     for part in parts:
         matrices = (part.lora.lora_A, part.lora.lora_B) if part.lora else ()
@@ -141,6 +155,8 @@ def _merged_tensors(parts: Sequence[Part], dtype: torch.dtype) -> Iterator[tuple
         value = torch.empty(0)
         if part.trained is not None:
             value = engines.whole_master(part.trained).cpu()
+        elif others is not None:
+            value = others[part.name].detach() if is_writer else value
         elif part.base is not None:
             with engines.whole_parameter(part.base) as whole:
                 value = whole.to("cpu", copy=True) if is_writer else value

@@ -18,6 +18,7 @@ from launch import factory, tiny
 from launch.adapter import check_targets
 from launch.errors import ModelError, TemplateError
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
+from launch.quantisation import check_usable, is_quantised, keep_layout, quantisation
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.templates import ChatTemplate, load_chat_template
 
@@ -38,6 +39,7 @@ def tokenizer_and_template(recipe: Recipe, base: str | None = None) -> tuple[Pre
     """What turns the recipe's conversations into tokens; without `base`, the tiny base is not built for it."""
     if base is None and recipe.model.name_or_path == TINY_MODEL_NAME:
         tokenizer: PreTrainedTokenizerBase = tiny.build_tiny_tokenizer(TINY_ROWS)
+        add_tokens(tokenizer, recipe.model)
     else:
         name = recipe.model.tokenizer and str(Path(recipe.model.tokenizer).expanduser())
         tokenizer = load_tokenizer(name or base or resolve_base(recipe), recipe.model)
@@ -45,7 +47,7 @@ def tokenizer_and_template(recipe: Recipe, base: str | None = None) -> tuple[Pre
 
 
 def load_tokenizer(base: str, model: ModelBlock) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer. Raises ModelError when it cannot be loaded."""
+    """The base model's tokenizer with the recipe's tokens. Raises ModelError when it cannot be loaded."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -53,7 +55,28 @@ def load_tokenizer(base: str, model: ModelBlock) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The tokenizer of {base} cannot be loaded: {_first_line(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    add_tokens(tokenizer, model)
     return tokenizer
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, model: ModelBlock) -> None:
+    """Add the recipe's tokens in its order; those that are there keep their ids, and are special from now on."""
+    given = {
+        "extra_special_tokens": list(model.extra_special_tokens),
+        "eos_token": model.eos_token,
+        "pad_token": model.pad_token,
+    }
+    tokenizer.add_special_tokens(
+        {name: tokens for name, tokens in given.items() if tokens}, replace_extra_special_tokens=False
+    )
+
+
+def added_token_ids(tokenizer: PreTrainedTokenizerBase, base: str, model: ModelBlock) -> set[int]:
+    """The ids of the tokenizer that the base's own does not have, so that the base was not trained on them."""
+    if model == model.without_tokens:
+        return set()
+    own = load_tokenizer(base, model.without_tokens).get_vocab().values()
+    return set(tokenizer.get_vocab().values()) - set(own)
 
 
 def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
@@ -96,10 +119,10 @@ def fingerprint_base(base: str, model: ModelBlock) -> str:
 
 
 def check_adapter_fits(base: str, recipe: Recipe) -> None:
-    """Find a misspelt target before the weights are read, on a model without weights.
+    """Find a misspelt target before the weights are read, on a model without weights, and that they can be quantised.
 
-    Skipped for remote code, whose modules are only known once it runs; `add_adapter` checks again in any case.
-    Of a factory's model the names and shapes of the weights are compared as well.
+    Targets are skipped for remote code, whose modules are only known once it runs; `add_adapter` checks them again in
+    any case. Of a factory's model the names and shapes of the weights are compared as well.
     """
     if recipe.model.factory is not None:
         skeleton = factory.build_skeleton(recipe.model.factory)
@@ -111,6 +134,8 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
             )
         check_targets(skeleton, recipe.adapter)
         return
+    if recipe.model.load_in_4bit:
+        check_usable()
     if recipe.model.trust_remote_code:
         return
     config = AutoConfig.from_pretrained(base, revision=recipe.model.revision)
@@ -122,17 +147,23 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
 
 
 def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
-    """The base model in the run's precision; under ZeRO-3 each rank holds its share only (zero.Init). A collective."""
+    """The base model in the run's precision; under ZeRO-3 each rank holds its share only (zero.Init). A collective.
+
+    With `load_in_4bit` each rank quantises the whole model, and ZeRO-3 shares it out when the engine starts.
+    """
+    dtype = DTYPES[precision]
     if model.factory is not None:
-        return factory.build_filled(model.factory, Path(base), DTYPES[precision])
+        return factory.build_filled(model.factory, Path(base), dtype)
+    quantised = {"quantization_config": quantisation(model, dtype)} if model.load_in_4bit else {}
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
             base,
             output_loading_info=True,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
-            dtype=DTYPES[precision],
+            dtype=dtype,
             attn_implementation=model.attn_implementation,
+            **quantised,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"The base model {base} cannot be loaded: {_first_line(error)}") from None
@@ -143,6 +174,13 @@ def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
                 f"The weights of {base} are not whole: {name} is {fault.removesuffix('_keys')} "
                 f"({len(found[fault])} such tensors); transformers would fill them with random numbers."
             )
+    if is_quantised(loaded) and loaded.hf_quantizer.pre_quantized:
+        raise ModelError(
+            f"The weights of {base} are in 4 bits already, and an adapter can only be merged into the ones that they "
+            "were made of; name those in model.name_or_path, and set model.load_in_4bit to true."
+        )
+    if model.load_in_4bit:
+        keep_layout(loaded)
     assert isinstance(loaded, torch.nn.Module)
     return loaded
 

@@ -26,6 +26,13 @@ class ModelBlock(Block):
     attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     factory: str | None = Field(None, pattern=r"\.py:[A-Za-z_]\w*$")  # FILE.py:FUNCTION, which builds your own module
     tokenizer: str | None = None  # a hub id or a directory, for a factory; other models bring theirs
+    load_in_4bit: bool = False  # by bitsandbytes: all linear layers but the head; merged in 16 bits all the same
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = False  # the quantisation's constants are quantised, too
+    # Tokens for the tokenizer; those it does not have are added, and get rows in the embeddings and the head.
+    extra_special_tokens: Names = ()
+    eos_token: str | None = Field(None, min_length=1)  # None: the tokenizer's own
+    pad_token: str | None = Field(None, min_length=1)  # None: the tokenizer's own
 
     @model_validator(mode="after")
     def _agree(self) -> "ModelBlock":
@@ -33,12 +40,28 @@ class ModelBlock(Block):
             raise ValueError(
                 "factory and tokenizer go together: a .pth file has no tokenizer, and other models bring theirs"
             )
+        for key in ("load_in_4bit", "extra_special_tokens", "eos_token", "pad_token"):
+            if self.factory is not None and getattr(self, key):
+                raise ValueError(f"{key} needs a model of transformers; with a factory leave it out")
+        if not self.load_in_4bit and (self.bnb_4bit_quant_type != "nf4" or self.bnb_4bit_use_double_quant):
+            raise ValueError(
+                "bnb_4bit_quant_type and bnb_4bit_use_double_quant say how the base is quantised, but it is not; set "
+                "load_in_4bit: true, or leave them out"
+            )
+        tokens = self.extra_special_tokens
+        if "" in tokens or len(set(tokens)) < len(tokens):
+            raise ValueError(f"extra_special_tokens = {list(tokens)} has an empty token, or one twice; list each once")
         return self
 
     @property
     def tokenizer_name_or_path(self) -> str:
         """Where the tokenizer is loaded from."""
         return self.tokenizer or self.name_or_path
+
+    @property
+    def without_tokens(self) -> "ModelBlock":
+        """The same base with its tokenizer as it is."""
+        return self.model_copy(update={"extra_special_tokens": (), "eos_token": None, "pad_token": None})
 
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "question_answer", "prompt_completion"]

@@ -22,17 +22,15 @@ LAYERS = (
     "launch.ledger",
     "launch.data_report",
     "launch.data launch.data_page",
-    "launch.tiny launch.model launch.factory launch.adapter launch.engine launch.packing launch.report",
-    "launch.checkpoint launch.merge",
+    "launch.tiny launch.quantisation launch.adapter launch.engine launch.packing launch.report",
+    "launch.factory",
+    "launch.model",
+    "launch.checkpoint launch.merge launch.vocabulary",
     "train launch.__main__",
 )
 NUM_LIGHT_LAYERS = 7  # these start fast on a login node
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
 WITHIN_A_LAYER = {
-    ("launch.model", "launch.tiny"),
-    ("launch.model", "launch.adapter"),
-    ("launch.model", "launch.factory"),
-    ("launch.factory", "launch.engine"),
     ("launch.merge", "launch.checkpoint"),
 }
 HEAVY = ("torch", "transformers", "peft", "deepspeed", "accelerate")
