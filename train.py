@@ -29,7 +29,7 @@ from launch import batching, preemption, preflight, runs
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import merge as merging
-from launch.adapter import add_adapter
+from launch.adapter import add_adapter, trained_kinds
 from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.data import prepare
@@ -354,8 +354,9 @@ def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, chec
     """The batch arithmetic, the precision and why, and what each rank holds."""
     recipe, settings, samples = job.recipe, job.recipe.train, job.samples
     first_ids = batching.step_samples(0, len(samples), settings.global_batch_size, job.total_samples, settings.seed)
-    parameters = [(p.requires_grad, math.prod(engines.whole_shape(p))) for p in job.engine.module.parameters()]
-    trainable, total = sum(n for trained, n in parameters if trained), sum(n for _, n in parameters)
+    sizes = {name: math.prod(engines.whole_shape(p)) for name, p in job.engine.module.named_parameters()}
+    trained = [name for name, _ in engines.trainable_parameters(job.engine)]
+    trainable, total, kinds = sum(sizes[name] for name in trained), sum(sizes.values()), trained_kinds(trained)
     held = engines.bytes_on_this_rank(job.engine)
     stage = job.engine.zero_optimization_stage()
     rows = [
@@ -371,7 +372,7 @@ def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, chec
             f"micro-batch(es) a rank of at most {settings.max_tokens_per_micro_batch:,} tokens",
         ),
         ("packing", packing),
-        ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
+        ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {', '.join(kinds)}"),
         ("a rank holds", f"{format_bytes(held['weights'])} of weights, {format_bytes(held['optimizer'])} of optimizer"),
     ]
     return f"\n{format_table(rows)}\n"

@@ -258,8 +258,7 @@ def _saved_value(recipe: Mapping[str, Any], block: str, key: str) -> Any:
         return recipe[block][key]
     owner: Any = ADAPTERS[recipe["adapter"]["type"]] if block == "adapter" else Recipe.model_fields[block].annotation
     assert isinstance(owner, type) and issubclass(owner, BaseModel)
-    field = owner.model_fields.get(key)  # none: another type of adapter has it
-    return field.get_default(call_default_factory=False) if field else None
+    return owner.model_construct().model_dump(mode="json").get(key)  # none: another type of adapter has it
 
 
 def _by_step(directory: Path) -> list[Path]:

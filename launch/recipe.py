@@ -4,11 +4,26 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 TINY_MODEL_NAME = "tiny-qwen2"  # not on any hub: built on the spot
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # one path component
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists, a frozen recipe has tuples
+
+
+def _paired(value: object) -> object:
+    """`{q_proj: 16}` as pairs, which a frozen recipe can hold."""
+    if isinstance(value, tuple):
+        return value
+    numbers = list(value.values()) if isinstance(value, dict) else [None]
+    if not all(type(number) is int and number >= 1 for number in numbers):
+        raise ValueError(f"it maps modules to whole numbers from 1, as in {{q_proj: 16}}, but this is {value!r}")
+    assert isinstance(value, dict)
+    return tuple(value.items())
+
+
+Pattern = Annotated[tuple[tuple[str, int], ...], BeforeValidator(_paired), PlainSerializer(dict)]
+TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
 
 
 class Block(BaseModel):
@@ -83,6 +98,11 @@ class LoraBlock(Block):
     # A list of names, all-linear (but the output head), or a regular expression for whole paths; None: the family's.
     target_modules: Names | str | None = None
     modules_to_save: Names = ()
+    use_dora: bool = False
+    use_rslora: bool = False
+    rank_pattern: Pattern = ()  # r of the targets whose path ends with the key, a regular expression
+    alpha_pattern: Pattern = ()  # and lora_alpha
+    trainable_token_indices: TokenIds = ()  # token ids whose embeddings are trained, and those of a tied head
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -231,6 +251,10 @@ class Recipe(Block):
         if isinstance(adapter, LoraBlock):
             if adapter.target_modules is not None and not adapter.target_modules:
                 raise ValueError("adapter.target_modules is empty; name modules such as q_proj, or leave it out")
+            ids = adapter.trainable_token_indices
+            if len(set(ids)) < len(ids):
+                twice = next(token_id for token_id in ids if ids.count(token_id) > 1)
+                raise ValueError(f"adapter.trainable_token_indices has {twice} twice; keep one")
             return
         if self.run.merge:
             raise ValueError(

@@ -57,6 +57,8 @@ def our_step(recipe_path: Path) -> tuple[float, dict[str, Any]]:
     name = recipe.model.name_or_path
     model = add_adapter(base, recipe.adapter, base=name, seed=settings.seed, dtype=torch.float32)
     perturb(model)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = engines.start_engine(accelerator, model, settings)
     ids = batching.step_samples(0, len(samples), settings.global_batch_size, 10_000, settings.seed)
     lengths = samples.lengths[ids].tolist()
@@ -96,9 +98,11 @@ def assert_our_step_is_theirs(path: Path, num_ranks: int) -> None:
 def their_model(recipe: Recipe) -> torch.nn.Module:
     base = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.float32)
     torch.manual_seed(recipe.train.seed)
-    config = LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, lora_dropout=0.0, **ADAPTER)
-    if recipe.adapter.type != "lora":
-        given = recipe.adapter.model_dump(exclude={"type"})
+    given = {key: value for key, value in recipe.adapter.model_dump().items() if key != "type"}
+    if recipe.adapter.type == "lora":
+        lists = {key: list(value) or None for key, value in given.items() if isinstance(value, tuple)}
+        config = LoraConfig(task_type="CAUSAL_LM", **given | lists)
+    else:
         source = {"tokenizer_name_or_path": recipe.model.name_or_path} if given.get("prompt_tuning_init_text") else {}
         config = SOFT_PROMPTS[recipe.adapter.type](task_type="CAUSAL_LM", **given, **source)
     return get_peft_model(base, config)
@@ -149,18 +153,22 @@ def their_run(path: Path) -> tuple[dict[str, Any], list[float]]:
     return {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}, norms
 
 
-def test_whole_runs_end_with_the_same_weights(world: World) -> None:
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_whole_runs_end_with_the_same_weights(world: World, dora: bool, capfd: pytest.CaptureFixture[str]) -> None:
     """Clipping bites in every step, weight decay is on, and the learning rate warms up and decays."""
     settings = {"max_steps": 6, "max_grad_norm": 0.3, "weight_decay": 0.1, "warmup_steps": 2}
-    path = world.recipe("six-steps", adapter=ADAPTER, train=settings)
+    name = f"six-steps-{dora}"
+    path = world.recipe(name, adapter=ADAPTER | {"use_dora": dora}, train=settings)
     launch(path, 2)
+    kinds = "lora_A, lora_B, lora_magnitude_vector, lm_head" if dora else "lora_A, lora_B, lm_head"
+    assert f"%): {kinds} a rank holds" in " ".join(capfd.readouterr().out.split())
     expected, norms = run_ranks(1, their_run, path)[0]
     assert min(norms) > 0.3
-    assert [r["gradient_norm"] for r in world.metrics("six-steps", "train")] == pytest.approx(norms, rel=1e-4)
-    found = load_file(path_of_step(world.run_directory("six-steps"), 6) / "optimizer.safetensors")
-    for name, weights in expected.items():
-        difference = np.abs(found[f"{name}.master"] - weights).max() / np.abs(weights).max()
-        assert difference < 1e-4, f"{name} differs by {difference:.1e}"
+    assert [r["gradient_norm"] for r in world.metrics(name, "train")] == pytest.approx(norms, rel=1e-4)
+    found = load_file(path_of_step(world.run_directory(name), 6) / "optimizer.safetensors")
+    for parameter, weights in expected.items():
+        difference = np.abs(found[f"{parameter}.master"] - weights).max() / np.abs(weights).max()
+        assert difference < 1e-4, f"{parameter} differs by {difference:.1e}"
 
 
 def test_token_accuracy_is_that_of_a_slow_loop(world: World) -> None:
