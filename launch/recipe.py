@@ -183,6 +183,7 @@ class TrainBlock(Block):
     warmup_steps: int = Field(0, ge=0)
     warmup_ratio: float = Field(0.0, ge=0, lt=1)  # of all steps; used when warmup_steps is 0
     max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
+    loraplus_lr_ratio: float | None = Field(None, ge=1)  # LoRA+: what PEFT takes for B learns so many times faster
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -256,6 +257,10 @@ class Recipe(Block):
                 twice = next(token_id for token_id in ids if ids.count(token_id) > 1)
                 raise ValueError(f"adapter.trainable_token_indices has {twice} twice; keep one")
             return
+        if self.train.loraplus_lr_ratio is not None:
+            raise ValueError(
+                f"train.loraplus_lr_ratio is for the B matrices of LoRA, and {adapter.type} has none; leave it out"
+            )
         if self.run.merge:
             raise ValueError(
                 f"run.merge is true, but the soft prompts of {adapter.type} are no weights of the base that could be "

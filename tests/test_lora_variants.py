@@ -1,4 +1,4 @@
-"""DoRA, rsLoRA, patterns and trained tokens: all as plain PEFT has them."""
+"""DoRA, rsLoRA, patterns, LoRA+ and trained tokens: all as plain PEFT has them."""
 
 import copy
 import json
@@ -143,11 +143,13 @@ def test_merged_rows_of_dora_are_those_of_peft(world: World) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "tied"), [(2, False), (3, False), (3, True)])
-def test_two_then_three_ranks(world: World, tied_world: World, stage: int, tied: bool) -> None:
-    """DoRA, patterns, trained tokens, a whole head (which tied tokens exclude) in one run."""
+def test_two_then_three_ranks_with_several_learning_rates(
+    world: World, tied_world: World, stage: int, tied: bool
+) -> None:
+    """DoRA, patterns, trained tokens, a whole head (which tied tokens exclude) and LoRA+ in one run."""
     world = tied_world if tied else world
     adapter = ALL_OF_THEM | ({"modules_to_save": []} if tied else {})
-    blocks: dict[str, Any] = {"adapter": adapter, "train": SETTINGS}
+    blocks: dict[str, Any] = {"adapter": adapter, "train": SETTINGS | {"loraplus_lr_ratio": 4.0}}
     config = deepspeed_json(world.directory, stage)
     launch(world.recipe(f"straight-{stage}", **blocks), 2, deepspeed=config)
     recipe = world.recipe(f"elastic-{stage}", **blocks)
@@ -163,10 +165,13 @@ def test_a_checkpoint_from_before_these_keys_is_still_resumed(world: World) -> N
     saved = json.loads(json.dumps(identity_of_run(load_recipe(path), **facts)))
     for key in ("modules_to_save", "use_dora", "rank_pattern", "trainable_token_indices"):
         del saved["recipe"]["adapter"][key]
+    del saved["recipe"]["train"]["loraplus_lr_ratio"]
     checkpoint = Resumable(path, {"step": 1, "identity": saved})
     check_same_run(checkpoint, identity_of_run(load_recipe(path), **facts))
-    changed = load_recipe(path, ["adapter.rank_pattern={q_proj: 2}"])
-    with pytest.raises(CheckpointError, match=r"rank_pattern was {} and is {'q_proj': 2}"):
+    changed = load_recipe(path, ["adapter.rank_pattern={q_proj: 2}", "train.loraplus_lr_ratio=2.0"])
+    with pytest.raises(
+        CheckpointError, match=r"rank_pattern was {} and is {'q_proj': 2}; train\.loraplus_lr_ratio was"
+    ):
         check_same_run(checkpoint, identity_of_run(changed, **facts))
 
 
@@ -221,6 +226,11 @@ def test_patterns_match_as_those_of_peft(world: World) -> None:
         ({"adapter": {"rank_pattern": ["q_proj"]}}, "maps modules to whole numbers from 1, as in {q_proj: 16}, but"),
         ({"adapter": {"alpha_pattern": {"q_proj": 0}}}, "maps modules to whole numbers from 1"),
         ({"adapter": {"trainable_token_indices": [3, 3]}}, "adapter.trainable_token_indices has 3 twice; keep one"),
+        (
+            {"adapter": {"type": "p_tuning"}, "train": {"loraplus_lr_ratio": 16.0}},
+            "train.loraplus_lr_ratio is for the B matrices of LoRA, and p_tuning has none; leave it out",
+        ),
+        ({"train": {"loraplus_lr_ratio": 0.5}}, "greater than or equal to 1"),
     ],
 )
 def test_what_cannot_work_is_refused(blocks: dict[str, Any], sentence: str) -> None:
@@ -231,7 +241,7 @@ def test_what_cannot_work_is_refused(blocks: dict[str, Any], sentence: str) -> N
 
 
 def test_a_recipe_of_everything_dumps_to_itself_and_stays_frozen(world: World) -> None:
-    path = world.recipe("everything", adapter=ALL_OF_THEM)
+    path = world.recipe("everything", adapter=ALL_OF_THEM, train={"loraplus_lr_ratio": 16.0})
     recipe = load_recipe(path)
     assert isinstance(recipe.adapter, LoraBlock)
     assert recipe.adapter.model_dump()["rank_pattern"] == VARIANTS["patterns"]["rank_pattern"]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from conftest import World, launch, run_ranks
 from deepspeed.utils import safe_get_full_grad
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
@@ -141,6 +142,14 @@ def their_run(path: Path) -> tuple[dict[str, Any], list[float]]:
     model = their_model(recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    if settings.loraplus_lr_ratio:
+        optimizer = create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=settings.learning_rate,
+            loraplus_lr_ratio=settings.loraplus_lr_ratio,
+            loraplus_weight_decay=settings.weight_decay,
+        )
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.max_steps)
     norms = []
     for step in range(settings.max_steps):
@@ -153,14 +162,17 @@ def their_run(path: Path) -> tuple[dict[str, Any], list[float]]:
     return {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}, norms
 
 
-@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_whole_runs_end_with_the_same_weights(world: World, dora: bool, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("loraplus", [None, pytest.param(4.0, marks=pytest.mark.slow)])
+def test_whole_runs_end_with_the_same_weights(
+    world: World, loraplus: float | None, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Clipping bites in every step, weight decay is on, and the learning rate warms up and decays."""
     settings = {"max_steps": 6, "max_grad_norm": 0.3, "weight_decay": 0.1, "warmup_steps": 2}
-    name = f"six-steps-{dora}"
-    path = world.recipe(name, adapter=ADAPTER | {"use_dora": dora}, train=settings)
+    adapter = ADAPTER | {"use_dora": True} if loraplus else ADAPTER
+    name = f"six-steps-{loraplus}"
+    path = world.recipe(name, adapter=adapter, train=settings | {"loraplus_lr_ratio": loraplus})
     launch(path, 2)
-    kinds = "lora_A, lora_B, lora_magnitude_vector, lm_head" if dora else "lora_A, lora_B, lm_head"
+    kinds = "lora_A, lora_B, lora_magnitude_vector, lm_head" if loraplus else "lora_A, lora_B, lm_head"
     assert f"%): {kinds} a rank holds" in " ".join(capfd.readouterr().out.split())
     expected, norms = run_ranks(1, their_run, path)[0]
     assert min(norms) > 0.3
