@@ -48,6 +48,7 @@ from launch.packing import batch_loss, choose_packing, collate, selects_logits
 from launch.recipe import Recipe
 from launch.report import RunLog
 from launch.samples import Samples
+from launch.starting_adapter import fingerprint_starting_adapter, start_from
 from launch.table import format_bytes, format_table
 from metrics.tokens import TokenCounts, counts_from_sums
 
@@ -110,6 +111,7 @@ def train(recipe: Recipe) -> None:
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
     base = load_base(found["base"], recipe.model, precision)
     model = add_adapter(base, recipe.adapter, base=found["base"], seed=recipe.train.seed, dtype=DTYPES[precision])
+    start_from(recipe.adapter, found["identity"]["init_from_sha256"], model)
     generation_config = serving_generation_config(base, found["end_token_ids"])
     if recipe.merges:
         merging.plan_merge(model)  # refuses now what it could not merge at the end
@@ -324,13 +326,17 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     directory = recipe.run_directory
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
     check_adapter_fits(base, recipe)
+    init_from_sha256 = fingerprint_starting_adapter(recipe.adapter)
     prepared = prepare(recipe, directory, lambda: tokenizer_and_template(recipe, base))
     if recipe.train.load_best_model_at_end and not len(prepared.split["evaluation"]):
         raise DataError("train.load_best_model_at_end has no rows to evaluate; set data.test_size or data.evaluation.")
     # Refused before anything of the run that is there is written over.
-    fingerprint = fingerprint_base(base, recipe.model)
     identity = checkpoints.identity_of_run(
-        recipe, precision=precision, base_fingerprint=fingerprint, data_sha256=prepared.sha256s
+        recipe,
+        precision=precision,
+        base_fingerprint=fingerprint_base(base, recipe.model),
+        init_from_sha256=init_from_sha256,
+        data_sha256=prepared.sha256s,
     )
     checkpoint = checkpoints.find_resumable(directory, say=print)
     if checkpoint is not None:

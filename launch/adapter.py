@@ -226,7 +226,7 @@ def _check_expression(expression: str, paths: list[str], names: list[str]) -> No
 
 def peft_config(adapter: AdapterBlock, model_type: str, base: str) -> PeftConfig:
     """PEFT's config of the recipe's adapter: the keys are PEFT's own. `base` is where TEXT finds its tokenizer."""
-    given = adapter.model_dump(exclude={"type"})
+    given = adapter.model_dump(exclude={"type", "init_from"})
     if isinstance(adapter, LoraBlock):
         targets = adapter.target_modules or FAMILY_TARGETS.get(model_type) or "all-linear"
         given["target_modules"] = targets if isinstance(targets, str) else list(targets)

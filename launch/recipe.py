@@ -103,6 +103,7 @@ class LoraBlock(Block):
     rank_pattern: Pattern = ()  # r of the targets whose path ends with the key, a regular expression
     alpha_pattern: Pattern = ()  # and lora_alpha
     trainable_token_indices: TokenIds = ()  # token ids whose embeddings are trained, and those of a tied head
+    init_from: str | None = Field(None, min_length=1)  # a PEFT LoRA to start from: a directory or a hub id
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -132,6 +133,7 @@ class PromptTuningBlock(SoftPromptBlock):
     type: Literal["prompt_tuning"]
     prompt_tuning_init: Literal["RANDOM", "TEXT"] = "RANDOM"
     prompt_tuning_init_text: str | None = None
+    init_from: str | None = Field(None, min_length=1)  # PEFT's prompt tuning to start from: a directory or a hub id
 
 
 class PTuningBlock(SoftPromptBlock):
@@ -166,8 +168,24 @@ ADAPTERS: dict[str, type[Block]] = {
 AdapterBlock = LoraBlock | PTuningBlock | PrefixTuningBlock | PromptTuningBlock
 
 
+# Of PEFT before 0.3, in adapter_config.json as well, and what takes their place.
+OLD_LORA_KEYS = {
+    "enable_lora": "list the modules that LoRA adapts, as in target_modules: [q_proj, v_proj]",
+    "merge_weights": "leave it out, for run.merge decides whether the run ends with merged weights",
+}
+
+
 def _typed(value: object) -> object:
-    return {"type": "lora", **value} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    for key, instead in OLD_LORA_KEYS.items():
+        if key in value:
+            raise ValueError(f"{key} is a key of PEFT before 0.3; {instead}")
+    if "init_from" in value and value.get("type") in ("p_tuning", "prefix_tuning"):
+        raise ValueError(
+            f"init_from cannot go with {value['type']}: PEFT keeps what the encoder made, not the encoder; leave it out"
+        )
+    return {"type": "lora", **value}
 
 
 class TrainBlock(Block):
@@ -284,6 +302,8 @@ class Recipe(Block):
             is_of_text = adapter.prompt_tuning_init == "TEXT"
             if is_of_text != bool(adapter.prompt_tuning_init_text):
                 raise ValueError("adapter.prompt_tuning_init: TEXT and prompt_tuning_init_text go together; set both")
+            if is_of_text and adapter.init_from:
+                raise ValueError("adapter.prompt_tuning_init: TEXT and adapter.init_from are two beginnings; keep one")
 
     @property
     def merges(self) -> bool:

@@ -1,7 +1,8 @@
-"""DoRA, rsLoRA, patterns, LoRA+ and trained tokens: all as plain PEFT has them."""
+"""DoRA, rsLoRA, patterns, LoRA+, trained tokens, and runs that start from an adapter: all as plain PEFT has them."""
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from conftest import World, build_base, deepspeed_json, launch, make_rows, run_ranks
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
-from test_reference import ADAPTER, assert_our_step_is_theirs, perturb
+from test_adapters import evaluate_exported
+from test_reference import ADAPTER, assert_our_step_is_theirs, perturb, their_model
 from test_resume import SETTINGS, dtypes_under_fp16, largest_difference, stop_at
 from transformers import AutoModelForCausalLM
 
@@ -18,10 +20,11 @@ import train
 from launch.adapter import add_adapter, check_targets, trained_kinds
 from launch.checkpoint import Resumable, check_same_run, identity_of_run
 from launch.config import dump_recipe, load_recipe
-from launch.errors import CheckpointError, ConfigError
+from launch.errors import AdapterError, CheckpointError, ConfigError
 from launch.merge import add_lora
 from launch.model import load_base
 from launch.recipe import LoraBlock, Recipe
+from launch.starting_adapter import fingerprint_starting_adapter, start_from
 
 TOKENS = [1, 2, 300]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -161,11 +164,11 @@ def test_two_then_three_ranks_with_several_learning_rates(
 def test_a_checkpoint_from_before_these_keys_is_still_resumed(world: World) -> None:
     """What a saved recipe lacks has the default, in the form in which it would have been saved."""
     path = world.recipe("older", adapter={"r": 4})
-    facts: dict[str, Any] = {"precision": "fp32", "base_fingerprint": "", "data_sha256": []}
+    facts: dict[str, Any] = {"precision": "fp32", "base_fingerprint": "", "init_from_sha256": None, "data_sha256": []}
     saved = json.loads(json.dumps(identity_of_run(load_recipe(path), **facts)))
-    for key in ("modules_to_save", "use_dora", "rank_pattern", "trainable_token_indices"):
+    for key in ("modules_to_save", "use_dora", "rank_pattern", "trainable_token_indices", "init_from"):
         del saved["recipe"]["adapter"][key]
-    del saved["recipe"]["train"]["loraplus_lr_ratio"]
+    del saved["recipe"]["train"]["loraplus_lr_ratio"], saved["init_from_sha256"]
     checkpoint = Resumable(path, {"step": 1, "identity": saved})
     check_same_run(checkpoint, identity_of_run(load_recipe(path), **facts))
     changed = load_recipe(path, ["adapter.rank_pattern={q_proj: 2}", "train.loraplus_lr_ratio=2.0"])
@@ -173,6 +176,103 @@ def test_a_checkpoint_from_before_these_keys_is_still_resumed(world: World) -> N
         CheckpointError, match=r"rank_pattern was {} and is {'q_proj': 2}; train\.loraplus_lr_ratio was"
     ):
         check_same_run(checkpoint, identity_of_run(changed, **facts))
+
+
+# ---- starting from an adapter ----
+
+
+def save_with_peft(path: Path, directory: Path) -> None:
+    model = their_model(load_recipe(path))
+    perturb(model)
+    model.save_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def started(world: World) -> Path:
+    """A LoRA of everything, trained and saved by plain PEFT."""
+    run_ranks(1, save_with_peft, world.recipe("first", adapter=ALL_OF_THEM), world.directory / "first")
+    return world.directory / "first"
+
+
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_first_step_from_an_adapter_is_that_of_peft(world: World, started: Path, num_ranks: int) -> None:
+    path = world.recipe("second", adapter=ALL_OF_THEM | {"init_from": str(started)})
+    assert_our_step_is_theirs(path, num_ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "prompt_tuning"])
+def test_a_run_starts_from_an_adapter_and_resumes_with_no_other(
+    world: World, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = ALL_OF_THEM if kind == "lora" else {"type": kind, "num_virtual_tokens": 5}
+    start = world.directory / f"start-{kind}"
+    run_ranks(1, save_with_peft, world.recipe(f"before-{kind}", adapter=adapter), start)
+    recipe = world.recipe(f"after-{kind}", adapter=adapter | {"init_from": str(start)}, train={"save_steps": 2})
+    assert [code for code, _ in run_ranks(2, stop_at, 2, [str(recipe)])] == [0, 0]
+    first = world.metrics(f"after-{kind}", "evaluation")[0]
+    correct, total, loss = run_ranks(1, evaluate_exported, recipe, start)[0]
+    assert (first["step"], first["num_correct"], first["num_tokens"]) == (0, correct, total)
+    assert first["loss"] == pytest.approx(loss, rel=1e-5)
+    shutil.copytree(start, world.directory / f"moved-{kind}")
+    run_ranks(1, save_with_peft, world.recipe(f"before-{kind}", train={"seed": 1}, adapter=adapter), start)
+    if kind == "lora":
+        assert run_ranks(1, train.main, [str(recipe)]) == [1]
+        assert "(adapter.init_from) is not the same" in capfd.readouterr().err
+    launch(recipe, 3, f"adapter.init_from={world.directory / f'moved-{kind}'}")
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"r": 16}, "r is 4 in the recipe and 16 in its adapter_config.json; set adapter.r to that."),
+        ({"lora_alpha": 8}, "lora_alpha is 16 in the recipe and 8 in its"),
+        ({"use_rslora": False}, "use_rslora is True in the recipe and False in its"),
+        ({"alpha_pattern": {}}, "alpha_pattern is {'v_proj': 5} in the recipe and {} in its"),
+        ({"modules_to_save": None}, "modules_to_save is ['lm_head'] in the recipe and [] in its"),
+        ({"trainable_token_indices": [1, 2, 3]}, "trainable_token_indices is [1, 2, 300] in the recipe and [1, 2, 3]"),
+        ({"lora_bias": True}, "lora_bias is False in the recipe and True in its adapter_config.json; it cannot be"),
+        ({"of_the_future": 1}, "of_the_future is None in the recipe and 1 in its"),
+        (
+            {"init_lora_weights": "pissa"},
+            "begun with init_lora_weights = 'pissa', which changes more than LoRA's weights",
+        ),
+        ({"peft_type": "LOHA"}, "is a LOHA adapter, and the recipe's is LORA; name"),
+        ({"enable_lora": [True, False, True]}, "has enable_lora, a key of PEFT before 0.3; list the modules that LoRA"),
+        ({"merge_weights": False}, "has merge_weights, a key of PEFT before 0.3; leave it out, for run.merge decides"),
+    ],
+)
+def test_another_kind_of_adapter_is_refused(
+    started: Path, tmp_path: Path, config: dict[str, Any], sentence: str
+) -> None:
+    directory = shutil.copytree(started, tmp_path / "start")
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | config), encoding="utf-8")
+    adapter = LoraBlock.model_validate({"lora_alpha": 16, **ALL_OF_THEM, "init_from": str(directory)})
+    with pytest.raises(AdapterError) as caught:
+        fingerprint_starting_adapter(adapter)
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_is_not_there_or_a_pickle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"no/such/place does not exist; give a directory or a hub id"):
+        fingerprint_starting_adapter(LoraBlock(init_from="no/such/place"))
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(AdapterError, match=r"no adapter_model\.safetensors; a \.bin is a pickle and is not read"):
+        fingerprint_starting_adapter(LoraBlock(init_from=str(tmp_path)))
+
+
+def test_other_targets_are_refused(world: World, started: Path) -> None:
+    """They are seen in the names of the weights, whatever way they are written."""
+    other = ALL_OF_THEM | {"target_modules": ["q_proj", "v_proj", "o_proj"], "init_from": str(started)}
+    adapter = LoraBlock.model_validate({"lora_alpha": 16, **other})
+    digest = fingerprint_starting_adapter(adapter)
+    assert digest is not None
+    base = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
+    model = add_adapter(base, adapter, base="", seed=0, dtype=torch.float32)
+    with pytest.raises(AdapterError, match=r"o_proj\.lora_A\.weight has shape none there and \(4, 32\) in .*6 such te"):
+        start_from(adapter, digest, model)
 
 
 # ---- what cannot work ----
@@ -226,6 +326,23 @@ def test_patterns_match_as_those_of_peft(world: World) -> None:
         ({"adapter": {"rank_pattern": ["q_proj"]}}, "maps modules to whole numbers from 1, as in {q_proj: 16}, but"),
         ({"adapter": {"alpha_pattern": {"q_proj": 0}}}, "maps modules to whole numbers from 1"),
         ({"adapter": {"trainable_token_indices": [3, 3]}}, "adapter.trainable_token_indices has 3 twice; keep one"),
+        ({"adapter": {"enable_lora": [True]}}, "enable_lora is a key of PEFT before 0.3; list the modules that LoRA"),
+        (
+            {"adapter": {"merge_weights": True}},
+            "merge_weights is a key of PEFT before 0.3; leave it out, for run.merge",
+        ),
+        ({"adapter": {"type": "p_tuning", "init_from": "x"}}, "init_from cannot go with p_tuning: PEFT keeps what the"),
+        (
+            {
+                "adapter": {
+                    "type": "prompt_tuning",
+                    "prompt_tuning_init": "TEXT",
+                    "prompt_tuning_init_text": "a",
+                    "init_from": "x",
+                }
+            },
+            "adapter.prompt_tuning_init: TEXT and adapter.init_from are two beginnings; keep one",
+        ),
         (
             {"adapter": {"type": "p_tuning"}, "train": {"loraplus_lr_ratio": 16.0}},
             "train.loraplus_lr_ratio is for the B matrices of LoRA, and p_tuning has none; leave it out",
@@ -241,7 +358,7 @@ def test_what_cannot_work_is_refused(blocks: dict[str, Any], sentence: str) -> N
 
 
 def test_a_recipe_of_everything_dumps_to_itself_and_stays_frozen(world: World) -> None:
-    path = world.recipe("everything", adapter=ALL_OF_THEM, train={"loraplus_lr_ratio": 16.0})
+    path = world.recipe("everything", adapter=ALL_OF_THEM | {"init_from": "a/b"}, train={"loraplus_lr_ratio": 16.0})
     recipe = load_recipe(path)
     assert isinstance(recipe.adapter, LoraBlock)
     assert recipe.adapter.model_dump()["rank_pattern"] == VARIANTS["patterns"]["rank_pattern"]

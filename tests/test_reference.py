@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import World, launch, run_ranks
 from deepspeed.utils import safe_get_full_grad
-from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
@@ -25,6 +25,7 @@ from launch.model import load_base, tokenizer_and_template
 from launch.packing import batch_loss, collate
 from launch.recipe import Recipe
 from launch.samples import Samples
+from launch.starting_adapter import fingerprint_starting_adapter, start_from
 
 SOFT_PROMPTS = {
     "p_tuning": PromptEncoderConfig,
@@ -57,7 +58,10 @@ def our_step(recipe_path: Path) -> tuple[float, dict[str, Any]]:
     base = load_base(recipe.model.name_or_path, recipe.model, "fp32")
     name = recipe.model.name_or_path
     model = add_adapter(base, recipe.adapter, base=name, seed=settings.seed, dtype=torch.float32)
-    perturb(model)
+    start = fingerprint_starting_adapter(recipe.adapter)
+    start_from(recipe.adapter, start, model)
+    if start is None:
+        perturb(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = engines.start_engine(accelerator, model, settings)
@@ -99,7 +103,9 @@ def assert_our_step_is_theirs(path: Path, num_ranks: int) -> None:
 def their_model(recipe: Recipe) -> torch.nn.Module:
     base = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.float32)
     torch.manual_seed(recipe.train.seed)
-    given = {key: value for key, value in recipe.adapter.model_dump().items() if key != "type"}
+    if getattr(recipe.adapter, "init_from", None):
+        return PeftModel.from_pretrained(base, recipe.adapter.init_from, is_trainable=True)
+    given = {key: value for key, value in recipe.adapter.model_dump().items() if key not in ("type", "init_from")}
     if recipe.adapter.type == "lora":
         lists = {key: list(value) or None for key, value in given.items() if isinstance(value, tuple)}
         config = LoraConfig(task_type="CAUSAL_LM", **given | lists)
@@ -128,7 +134,8 @@ def their_step(path: Path) -> tuple[float, dict[str, Any]]:
     recipe = load_recipe(path)
     samples, _ = samples_of(recipe)
     model = their_model(recipe)
-    perturb(model)
+    if not getattr(recipe.adapter, "init_from", None):
+        perturb(model)
     loss = their_loss(model, samples, batching.step_samples(0, len(samples), 8, 10_000, recipe.train.seed))
     loss.backward()
     return float(loss.detach()), {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
