@@ -30,7 +30,7 @@ from launch import batching, preemption, preflight, runs
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import merge as merging
-from launch.adapter import add_adapter
+from launch.adapter import add_adapter, trained_kinds, with_token_ids
 from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.data import prepare
@@ -51,6 +51,7 @@ from launch.quantisation import quantised_line
 from launch.recipe import Recipe
 from launch.report import RunLog
 from launch.samples import Samples
+from launch.starting_adapter import fingerprint_starting_adapter, start_from
 from launch.table import format_bytes, format_table
 from launch.vocabulary import check_added_are_trained, fit_vocabulary, load_unquantised
 from metrics.tokens import TokenCounts, counts_from_sums
@@ -118,8 +119,10 @@ def train(recipe: Recipe) -> None:
     base = load_base(found["base"], recipe.model, precision)
     added = added_token_ids(tokenizer, found["base"], recipe.model)
     fit_vocabulary(base, tokenizer, added, recipe.model)
-    model = add_adapter(base, recipe.adapter, base=found["base"], seed=recipe.train.seed, dtype=DTYPES[precision])
+    adapter = with_token_ids(recipe.adapter, added)
+    model = add_adapter(base, adapter, base=found["base"], seed=recipe.train.seed, dtype=DTYPES[precision])
     check_added_are_trained(model, tokenizer, added)
+    start_from(recipe.adapter, found["identity"]["init_from_sha256"], model)
     generation_config = serving_generation_config(base, found["end_token_ids"])
     if recipe.merges:
         merging.plan_merge(model)  # refuses now what it could not merge at the end
@@ -336,13 +339,17 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     directory = recipe.run_directory
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
     check_adapter_fits(base, recipe)
+    init_from_sha256 = fingerprint_starting_adapter(recipe.adapter)
     prepared = prepare(recipe, directory, lambda: tokenizer_and_template(recipe, base))
     if recipe.train.load_best_model_at_end and not len(prepared.split["evaluation"]):
         raise DataError("train.load_best_model_at_end has no rows to evaluate; set data.test_size or data.evaluation.")
     # Refused before anything of the run that is there is written over.
-    fingerprint = fingerprint_base(base, recipe.model)
     identity = checkpoints.identity_of_run(
-        recipe, precision=precision, base_fingerprint=fingerprint, data_sha256=prepared.sha256s
+        recipe,
+        precision=precision,
+        base_fingerprint=fingerprint_base(base, recipe.model),
+        init_from_sha256=init_from_sha256,
+        data_sha256=prepared.sha256s,
     )
     checkpoint = checkpoints.find_resumable(directory, say=print)
     if checkpoint is not None:
@@ -366,8 +373,9 @@ def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, chec
     """The batch arithmetic, the precision and why, and what each rank holds."""
     recipe, settings, samples = job.recipe, job.recipe.train, job.samples
     first_ids = batching.step_samples(0, len(samples), settings.global_batch_size, job.total_samples, settings.seed)
-    parameters = [(p.requires_grad, math.prod(engines.whole_shape(p))) for p in job.engine.module.parameters()]
-    trainable, total = sum(n for trained, n in parameters if trained), sum(n for _, n in parameters)
+    sizes = {name: math.prod(engines.whole_shape(p)) for name, p in job.engine.module.named_parameters()}
+    trained = [name for name, _ in engines.trainable_parameters(job.engine)]
+    trainable, total, kinds = sum(sizes[name] for name in trained), sum(sizes.values()), trained_kinds(trained)
     held = engines.bytes_on_this_rank(job.engine)
     stage = job.engine.zero_optimization_stage()
     rows = [
@@ -384,7 +392,7 @@ def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, chec
             f"micro-batch(es) a rank of at most {settings.max_tokens_per_micro_batch:,} tokens",
         ),
         ("packing", packing),
-        ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
+        ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {', '.join(kinds)}"),
         ("a rank holds", f"{format_bytes(held['weights'])} of weights, {format_bytes(held['optimizer'])} of optimizer"),
     ]
     return f"\n{format_table(rows)}\n"

@@ -59,10 +59,12 @@ def _check(recipe: Recipe) -> None:
     from launch.data import prepare
     from launch.data_report import outcomes_line
     from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
+    from launch.starting_adapter import fingerprint_starting_adapter
 
     preflight.check(recipe)
     if recipe.model.name_or_path != TINY_MODEL_NAME:
         check_adapter_fits(resolve_base(recipe), recipe)
+    fingerprint_starting_adapter(recipe.adapter)
     with tempfile.TemporaryDirectory() as directory:
         report = prepare(recipe, Path(directory), lambda: tokenizer_and_template(recipe)).report
     print(f"Rows {outcomes_line(report)}; {report['train']['trained_tokens']:,} trained tokens.")

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft import (
@@ -16,6 +17,10 @@ from peft import (
     get_peft_model_state_dict,
 )
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.integrations import gather_params_ctx
+from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
 from launch.errors import ConfigError
@@ -52,14 +57,48 @@ def add_adapter(
     """
     check_targets(model, adapter)
     torch.manual_seed(seed)  # the same numbers on every rank, however many there are
-    peft_model = get_peft_model(
-        model, _peft_config(model, adapter, base), adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False
-    )
+    with _token_rows_on_any_device():
+        config = peft_config(adapter, _model_type(model), base)
+        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     assert isinstance(peft_model, PeftModel)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    assert trained_kinds(name for name, parameter in peft_model.named_parameters() if parameter.requires_grad)
     return peft_model
+
+
+def with_token_ids(adapter: AdapterBlock, added: Collection[int]) -> AdapterBlock:
+    """The adapter with the ids that `trainable_token_indices: added` stands for.
+
+    Raises ConfigError when no token was added.
+    """
+    if not isinstance(adapter, LoraBlock) or adapter.trainable_token_indices != "added":
+        return adapter
+    if not added:
+        raise ConfigError(
+            "adapter.trainable_token_indices = added, but the tokenizer has every token of the recipe already; name "
+            "others in model.extra_special_tokens, or leave it out."
+        )
+    return adapter.model_copy(update={"trainable_token_indices": tuple(sorted(added))})
+
+
+def trained_kinds(names: Iterable[str]) -> list[str]:
+    """What is trained, from the names of the trained parameters: lora_A, lora_B, lm_head, ...
+
+    Of the base nothing may be: AssertionError for a name that is no adapter's.
+    """
+    kinds: dict[str, None] = {}  # a set that keeps its order
+    for name in names:
+        found = re.search(
+            rf"\.(lora_\w+|trainable_tokens_delta)\.{ADAPTER_NAME}\b"
+            rf"|(?:^|\.)(\w+)\.modules_to_save\.{ADAPTER_NAME}\."
+            rf"|^(prompt_encoder)\.{ADAPTER_NAME}\.",
+            name,
+        )
+        assert found, f"{name} belongs to the base model and must not be trained"
+        kinds[found[1] or found[2] or found[3]] = None
+    return list(kinds)
 
 
 def exported_state(model: PeftModel, masters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -86,7 +125,7 @@ def exported_state(model: PeftModel, masters: Mapping[str, torch.Tensor]) -> dic
 
 
 def check_targets(model: torch.nn.Module, adapter: AdapterBlock) -> None:
-    """Every named target must match a module: PEFT is content when a single one does."""
+    """Every name must match a module: PEFT is content when a single target does, and ignores other patterns."""
     if not isinstance(adapter, LoraBlock):
         return
     names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not list(module.children())})
@@ -103,6 +142,86 @@ def check_targets(model: torch.nn.Module, adapter: AdapterBlock) -> None:
                 raise ConfigError(
                     f"adapter.{key}: no module of the model is named {target!r}; {hint}It has {', '.join(names)}."
                 )
+    if adapter.rank_pattern or adapter.alpha_pattern or adapter.trainable_token_indices:
+        config = _maybe_include_all_linear_layers(peft_config(adapter, _model_type(model), ""), model)
+        adapted = [path for path in paths if check_target_module_exists(config, path)]
+        _check_patterns(adapter, adapted)
+        _check_token_ids(adapter, model, adapted)
+
+
+def _check_patterns(adapter: LoraBlock, adapted: Sequence[str]) -> None:
+    """By PEFT's own rule: the key is a regular expression for the end of a path, and the first that matches decides."""
+    for key, pairs in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        patterns = [pattern for pattern, _ in pairs]
+        for pattern in patterns:
+            try:
+                matches = any(re.match(rf"(.*\.)?({pattern})$", path) for path in adapted)
+            except re.error as error:
+                raise ConfigError(f"adapter.{key}: {pattern!r} is not a regular expression: {error}.") from None
+            if not matches:
+                leaves = sorted({path.rpartition(".")[2] for path in adapted})
+                raise ConfigError(
+                    f"adapter.{key}: {pattern!r} matches the path of no module that LoRA adapts; these are "
+                    f"{', '.join(leaves)}, such as {adapted[-1]}."
+                )
+        deciding = {get_pattern_key(patterns, path) for path in adapted}
+        for pattern in patterns:
+            if pattern not in deciding:
+                raise ConfigError(
+                    f"adapter.{key}: {pattern!r} decides nothing, since keys before it match all that it matches; put "
+                    "it before them."
+                )
+
+
+def _check_token_ids(adapter: LoraBlock, model: torch.nn.Module, adapted: Sequence[str]) -> None:
+    """Each is a row of the embeddings, and these are trained in no other way."""
+    if not adapter.trainable_token_indices:
+        return
+    embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    if not isinstance(embeddings, torch.nn.Embedding):
+        raise ConfigError(
+            f"adapter.trainable_token_indices needs token embeddings of transformers, and a {type(model).__name__} "
+            "has none; leave it out."
+        )
+    assert isinstance(model, PreTrainedModel)
+    assert adapter.trainable_token_indices != "added", "with_token_ids comes before"
+    head, largest = model.get_output_embeddings(), max(adapter.trainable_token_indices)
+    if largest >= embeddings.num_embeddings:
+        raise ConfigError(
+            f"adapter.trainable_token_indices has {largest}, but the model has embeddings for the ids 0 to "
+            f"{embeddings.num_embeddings - 1}; take ids of its vocabulary."
+        )
+    tied = [embeddings, head] if model.config.tie_word_embeddings else [embeddings]
+    for path in [name for name, module in model.named_modules() if any(module is one for one in tied)]:
+        saved = [name for name in adapter.modules_to_save if path == name or path.endswith(f".{name}")]
+        if saved or path in adapted:
+            key = "modules_to_save" if saved else "target_modules"
+            raise ConfigError(
+                f"adapter.trainable_token_indices trains rows of {path}, which adapter.{key} trains as well; keep one."
+            )
+
+
+def _model_type(model: torch.nn.Module) -> str | None:
+    return str(model.config.model_type) if isinstance(model, PreTrainedModel) else None
+
+
+@contextmanager
+def _token_rows_on_any_device() -> Iterator[None]:
+    """Under ZeRO-3, PEFT 0.21 takes the rows of trained tokens from rank zero by way of a GPU, which a CPU run lacks.
+
+    Every rank gathers the whole weight for that, so each can take the rows by itself.
+    """
+
+    def rows_of(layer: TrainableTokensLayer, weight: torch.Tensor, rows: list[int], width: int) -> torch.Tensor:
+        with gather_params_ctx([weight], modifier_rank=None):
+            return weight[rows].clone()
+
+    original = TrainableTokensLayer._collect_token_weights
+    TrainableTokensLayer._collect_token_weights = rows_of
+    try:
+        yield
+    finally:
+        TrainableTokensLayer._collect_token_weights = original
 
 
 def _check_expression(expression: str, paths: list[str], names: list[str]) -> None:
@@ -121,16 +240,18 @@ def _check_expression(expression: str, paths: list[str], names: list[str]) -> No
         )
 
 
-def _peft_config(model: torch.nn.Module, adapter: AdapterBlock, base: str) -> PeftConfig:
-    """The recipe's keys are PEFT's own."""
-    given = adapter.model_dump(exclude={"type"})
-    if isinstance(model, PreTrainedModel):
-        given["task_type"] = "CAUSAL_LM"  # PEFT's wrapper for it wants the methods of transformers' models
+def peft_config(adapter: AdapterBlock, model_type: str | None, base: str) -> PeftConfig:
+    """PEFT's config of the recipe's adapter: the keys are PEFT's own. `base` is where TEXT finds its tokenizer.
+
+    `model_type` is None for what is no model of transformers, whose methods PEFT's wrapper for CAUSAL_LM wants.
+    """
+    given = adapter.model_dump(exclude={"type", "init_from"})
+    given["task_type"] = None if model_type is None else "CAUSAL_LM"
     if isinstance(adapter, LoraBlock):
-        family = model.config.model_type if isinstance(model, PreTrainedModel) else ""
-        targets = adapter.target_modules or FAMILY_TARGETS.get(family) or "all-linear"
+        targets = adapter.target_modules or FAMILY_TARGETS.get(model_type or "") or "all-linear"
         given["target_modules"] = targets if isinstance(targets, str) else list(targets)
-        given["modules_to_save"] = list(adapter.modules_to_save) or None
+        for key in ("modules_to_save", "trainable_token_indices"):
+            given[key] = list(given[key]) or None
     if given.get("prompt_tuning_init") == "TEXT":
         given["tokenizer_name_or_path"] = base
     config: PeftConfig = _CONFIGS[adapter.type](**given)

@@ -32,11 +32,11 @@ _TEMPORARY = ".saving-"
 _DELETING = ".deleting-"
 
 # What may differ between the recipe of a checkpoint and the recipe that resumes it: none of it changes a result, or
-# it is compared by content (rows, precision).
+# it is compared by content (rows, starting adapter, precision).
 FREE_TO_CHANGE: dict[str, set[str]] = {
     "model": set(),
     "data": {"train", "evaluation", "bad_rows", "max_dropped_share"},
-    "adapter": set(),
+    "adapter": {"init_from"},
     "train": {
         "logging_steps",
         "eval_steps",
@@ -218,13 +218,14 @@ def restore(checkpoint: Resumable, engine: engines.Engine) -> None:
 
 
 def identity_of_run(
-    recipe: Recipe, *, precision: str, base_fingerprint: str, data_sha256: Sequence[str]
+    recipe: Recipe, *, precision: str, base_fingerprint: str, init_from_sha256: str | None, data_sha256: Sequence[str]
 ) -> dict[str, Any]:
     """What a resumed run must have in common with the one that saved."""
     return {
         "recipe": recipe.model_dump(mode="json"),
         "precision": precision,
         "base": base_fingerprint,
+        "init_from_sha256": init_from_sha256,
         "data_sha256": list(data_sha256),
     }
 
@@ -243,6 +244,8 @@ def check_same_run(checkpoint: Resumable, identity: Mapping[str, Any]) -> None:
         differences.append(f"the precision was {was} and is {now} (train.precision={was} keeps it)")
     if saved["base"] != identity["base"]:
         differences.append("the files of the base model are not the same")
+    if saved.get("init_from_sha256") != identity["init_from_sha256"]:
+        differences.append("the adapter that it starts from (adapter.init_from) is not the same")
     if not differences and saved["data_sha256"] != identity["data_sha256"]:
         differences.append("the prepared rows are not the same (the data file, the template or the tokenizer changed)")
     if differences:
@@ -258,8 +261,7 @@ def _saved_value(recipe: Mapping[str, Any], block: str, key: str) -> Any:
         return recipe[block][key]
     owner: Any = ADAPTERS[recipe["adapter"]["type"]] if block == "adapter" else Recipe.model_fields[block].annotation
     assert isinstance(owner, type) and issubclass(owner, BaseModel)
-    field = owner.model_fields.get(key)  # none: another type of adapter has it
-    return field.get_default(call_default_factory=False) if field else None
+    return owner.model_construct().model_dump(mode="json").get(key)  # none: another type of adapter has it
 
 
 def _by_step(directory: Path) -> list[Path]:

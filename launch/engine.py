@@ -31,6 +31,8 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from peft import PeftModel  # noqa: E402
+from peft.optimizers import create_loraplus_optimizer  # noqa: E402
 from torch.distributed.distributed_c10d import _get_default_store  # noqa: E402
 from transformers import get_scheduler  # noqa: E402
 from transformers.integrations.deepspeed import (  # noqa: E402
@@ -138,14 +140,7 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
     torch's AdamW instead of DeepSpeed's: that one is compiled on first use, and keeps a running product of beta that
     makes a resumed run drift. Raises PreflightError when fp16 would run without a dynamic loss scaler.
     """
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        weight_decay=train.weight_decay,
-        fused=True,
-    )
+    optimizer = _adamw(model, train)
     engine = accelerator.prepare(model, optimizer)[0]
     if engine.zero_optimization_stage() < 3 and not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
         raise PreflightError(
@@ -168,6 +163,32 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
     return engine
 
 
+def _adamw(model: torch.nn.Module, train: TrainBlock) -> torch.optim.Optimizer:
+    """Each group's `lr_ratio` is its learning rate over the run's; there are several groups under LoRA+ only."""
+    options: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "eps": train.adam_epsilon,
+        "fused": True,
+    }
+    if train.loraplus_lr_ratio is None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(trained, weight_decay=train.weight_decay, **options)
+    else:
+        assert isinstance(model, PeftModel)
+        optimizer = create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            loraplus_lr_ratio=train.loraplus_lr_ratio,
+            loraplus_weight_decay=train.weight_decay,
+            **options,
+        )
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]  # DeepSpeed's wish
+    for group in optimizer.param_groups:
+        group["lr_ratio"] = group["lr"] / train.learning_rate
+    return optimizer
+
+
 def backward(engine: Engine, loss: torch.Tensor, *, is_last: bool) -> None:
     """Add this micro-batch's gradient; `is_last` marks the one before `step`.
 
@@ -180,7 +201,7 @@ def backward(engine: Engine, loss: torch.Tensor, *, is_last: bool) -> None:
 def step(engine: Engine, learning_rate: float) -> tuple[float, bool]:
     """Clip and update at the given learning rate. Returns (gradient norm before clipping, skipped on overflow)."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["lr_ratio"]
     engine.step()
     skipped = bool(engine.optimizer.overflow)
     norm = engine.get_global_grad_norm()

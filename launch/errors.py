@@ -33,6 +33,10 @@ class ModelError(LaunchError):
     """The base model or its tokenizer."""
 
 
+class AdapterError(LaunchError):
+    """An adapter that a run cannot start from."""
+
+
 class CheckpointError(LaunchError):
     """A checkpoint that cannot be written, trusted or resumed."""
 

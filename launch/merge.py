@@ -1,7 +1,8 @@
 """Adapter + base -> a directory that serving tools load, one tensor at a time: peak memory is one shard and one tensor.
 
 One rounding rule: the base tensor is cast to the output type, scaling * B A is formed and added in fp32 from the fp32
-masters, and the sum is rounded once. A quantised base is read anew for it, whole, by rank zero.
+masters, DoRA scales the rows of the sum to its magnitudes, and the result is rounded once. A quantised base is read
+anew for it, whole, by rank zero.
 """
 
 import copy
@@ -15,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.tuners import lora as peft_lora
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +39,17 @@ class Part:
     base: torch.Tensor | None  # a parameter or buffer that is copied or added to
     trained: torch.nn.Parameter | None = None  # a whole copy that replaces it (modules_to_save)
     lora: LoraLinear | None = None
+    tokens: TrainableTokensLayer | None = None  # rows of it are replaced (trainable_token_indices)
+
+    @property
+    def masters(self) -> list[torch.nn.Parameter]:
+        """The trained parameters that it is made of: the copy, the rows, or A, B and DoRA's magnitudes."""
+        if self.tokens is not None:
+            return [self.tokens.trainable_tokens_delta[ADAPTER_NAME]]
+        if self.lora is None:
+            return [] if self.trained is None else [self.trained]
+        held = [self.lora.lora_A, self.lora.lora_B, self.lora.lora_magnitude_vector]
+        return [by_adapter[ADAPTER_NAME].weight for by_adapter in held if ADAPTER_NAME in by_adapter]
 
 
 def choose_dtype(wanted: str, precision: str) -> str:
@@ -58,20 +71,23 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
     tensors = [*base.named_parameters(remove_duplicate=False), *_persistent_buffers(base)]
     for path, tensor in tensors:
         owner, _, leaf = path.rpartition(".")
-        if ".original_module." in path or ".lora_" in path:
+        if ".original_module." in path or ".lora_" in path or ".trainable_tokens_delta." in path:
             continue
         if f".modules_to_save.{ADAPTER_NAME}." in path:
             assert isinstance(tensor, torch.nn.Parameter)
             parts.append(Part(path.replace(f".modules_to_save.{ADAPTER_NAME}", ""), None, trained=tensor))
             continue
-        lora = None
+        lora = tokens = None
         name = path
         if ".base_layer." in path:
             wrapper = owner.removesuffix(".base_layer")
-            name = f"{wrapper}.{leaf}"
-            if leaf == "weight":
-                layer = modules[wrapper]
-                if type(layer) not in plain or layer.fan_in_fan_out or layer.use_dora.get(ADAPTER_NAME):
+            name = f"{wrapper.removesuffix('.token_adapter')}.{leaf}"
+            layer = modules[wrapper]
+            if isinstance(layer, TrainableTokensLayer):
+                tokens = layer if leaf == "weight" else None
+            elif leaf == "weight":
+                is_quantised_dora = type(layer) is not LoraLinear and layer.use_dora.get(ADAPTER_NAME)
+                if type(layer) not in plain or layer.fan_in_fan_out or is_quantised_dora:
                     raise MergeError(
                         f"{wrapper}: a {type(layer).__name__} layer cannot be merged yet; set run.merge=false."
                     )
@@ -80,7 +96,7 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
             ties[name] = seen[id(tensor)]
             continue
         seen[id(tensor)] = name
-        parts.append(Part(name, tensor, lora=lora))
+        parts.append(Part(name, tensor, lora=lora, tokens=tokens))
     _check_all_used(model, parts)
     return parts, ties
 
@@ -134,11 +150,19 @@ def merge(
 
 
 def add_lora(
-    weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float, dtype: torch.dtype
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    magnitude: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """W [out, in] + scaling * B [out, r] A [r, in], by the one rounding rule."""
+    """W [out, in] + scaling * B [out, r] A [r, in], its rows of DoRA's magnitude [out], by the one rounding rule."""
     product = lora_b.float() @ lora_a.float()
-    return (weight.to(dtype).float() + scaling * product).to(dtype)
+    merged = weight.to(dtype).float() + scaling * product
+    if magnitude is not None:
+        merged *= (magnitude.float() / torch.linalg.norm(merged, dim=1))[:, None]
+    return merged.to(dtype)
 
 
 def _merged_tensors(
@@ -150,20 +174,20 @@ def _merged_tensors(
     """
     is_writer = torch.distributed.get_rank() == 0
     for part in parts:
-        matrices = (part.lora.lora_A, part.lora.lora_B) if part.lora else ()
-        lora = [engines.whole_master(matrix[ADAPTER_NAME].weight) for matrix in matrices]
-        value = torch.empty(0)
-        if part.trained is not None:
-            value = engines.whole_master(part.trained).cpu()
-        elif others is not None:
+        masters = [engines.whole_master(parameter).cpu() for parameter in part.masters]
+        value = masters[0] if part.trained is not None else torch.empty(0)
+        if part.base is not None and others is not None:
             value = others[part.name].detach() if is_writer else value
         elif part.base is not None:
             with engines.whole_parameter(part.base) as whole:
                 value = whole.to("cpu", copy=True) if is_writer else value
         if is_writer:
             if part.lora is not None:
-                lora_a, lora_b = (matrix.cpu() for matrix in lora)
-                value = add_lora(value, lora_a, lora_b, part.lora.scaling[ADAPTER_NAME], dtype)
+                lora_a, lora_b, *magnitude = masters
+                value = add_lora(value, lora_a, lora_b, part.lora.scaling[ADAPTER_NAME], dtype, *magnitude)
+            elif part.tokens is not None:
+                value = value.to(dtype)
+                value[part.tokens.token_indices[ADAPTER_NAME]] = masters[0].to(dtype)
             elif value.is_floating_point():
                 value = value.to(dtype)
             if value.is_floating_point() and not torch.isfinite(value).all():
@@ -222,10 +246,7 @@ def _write_state_dict(directory: Path, tensors: Iterator[tuple[str, torch.Tensor
 
 
 def _check_all_used(model: PeftModel, parts: Sequence[Part]) -> None:
-    used = {id(part.trained) for part in parts}
-    for part in parts:
-        if part.lora is not None:
-            used |= {id(p) for p in (part.lora.lora_A[ADAPTER_NAME].weight, part.lora.lora_B[ADAPTER_NAME].weight)}
+    used = {id(parameter) for part in parts for parameter in part.masters}
     left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in used]
     if left:
         raise MergeError(

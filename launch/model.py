@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from launch import factory, tiny
-from launch.adapter import check_targets
+from launch.adapter import check_targets, with_token_ids
 from launch.errors import ModelError, TemplateError
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
 from launch.quantisation import check_usable, is_quantised, keep_layout, quantisation
@@ -143,7 +143,8 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
         raise ModelError(f"{base} is a {type(config).__name__}, for which transformers has no causal language model.")
     with torch.device("meta"):  # the class itself: from_config would partition it under ZeRO-3
         skeleton = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    check_targets(skeleton, recipe.adapter)
+    any_token = {0}  # which ones are added is known once the tokenizer is there, and checked again by add_adapter
+    check_targets(skeleton, with_token_ids(recipe.adapter, any_token))
 
 
 def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:

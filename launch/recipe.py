@@ -4,11 +4,26 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 TINY_MODEL_NAME = "tiny-qwen2"  # not on any hub: built on the spot
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # one path component
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists, a frozen recipe has tuples
+
+
+def _paired(value: object) -> object:
+    """`{q_proj: 16}` as pairs, which a frozen recipe can hold."""
+    if isinstance(value, tuple):
+        return value
+    numbers = list(value.values()) if isinstance(value, dict) else [None]
+    if not all(type(number) is int and number >= 1 for number in numbers):
+        raise ValueError(f"it maps modules to whole numbers from 1, as in {{q_proj: 16}}, but this is {value!r}")
+    assert isinstance(value, dict)
+    return tuple(value.items())
+
+
+Pattern = Annotated[tuple[tuple[str, int], ...], BeforeValidator(_paired), PlainSerializer(dict)]
+TokenIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
 
 
 class Block(BaseModel):
@@ -121,6 +136,13 @@ class LoraBlock(Block):
     # A list of names, all-linear (but the output head), or a regular expression for whole paths; None: the family's.
     target_modules: Names | str | None = None
     modules_to_save: Names = ()
+    use_dora: bool = False
+    use_rslora: bool = False
+    rank_pattern: Pattern = ()  # r of the targets whose path ends with the key, a regular expression
+    alpha_pattern: Pattern = ()  # and lora_alpha
+    # Token ids whose embeddings are trained, and their rows of a tied head; added: those that model.* tokens added.
+    trainable_token_indices: TokenIds | Literal["added"] = ()
+    init_from: str | None = Field(None, min_length=1)  # a PEFT LoRA to start from: a directory or a hub id
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -150,6 +172,7 @@ class PromptTuningBlock(SoftPromptBlock):
     type: Literal["prompt_tuning"]
     prompt_tuning_init: Literal["RANDOM", "TEXT"] = "RANDOM"
     prompt_tuning_init_text: str | None = None
+    init_from: str | None = Field(None, min_length=1)  # PEFT's prompt tuning to start from: a directory or a hub id
 
 
 class PTuningBlock(SoftPromptBlock):
@@ -184,8 +207,24 @@ ADAPTERS: dict[str, type[Block]] = {
 AdapterBlock = LoraBlock | PTuningBlock | PrefixTuningBlock | PromptTuningBlock
 
 
+# Of PEFT before 0.3, in adapter_config.json as well, and what takes their place.
+OLD_LORA_KEYS = {
+    "enable_lora": "list the modules that LoRA adapts, as in target_modules: [q_proj, v_proj]",
+    "merge_weights": "leave it out, for run.merge decides whether the run ends with merged weights",
+}
+
+
 def _typed(value: object) -> object:
-    return {"type": "lora", **value} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    for key, instead in OLD_LORA_KEYS.items():
+        if key in value:
+            raise ValueError(f"{key} is a key of PEFT before 0.3; {instead}")
+    if "init_from" in value and value.get("type") in ("p_tuning", "prefix_tuning"):
+        raise ValueError(
+            f"init_from cannot go with {value['type']}: PEFT keeps what the encoder made, not the encoder; leave it out"
+        )
+    return {"type": "lora", **value}
 
 
 class TrainBlock(Block):
@@ -201,6 +240,7 @@ class TrainBlock(Block):
     warmup_steps: int = Field(0, ge=0)
     warmup_ratio: float = Field(0.0, ge=0, lt=1)  # of all steps; used when warmup_steps is 0
     max_grad_norm: float = Field(1.0, ge=0)  # 0: no clipping
+    loraplus_lr_ratio: float | None = Field(None, ge=1)  # LoRA+: what PEFT takes for B learns so many times faster
     weight_decay: float = Field(0.0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -279,7 +319,20 @@ class Recipe(Block):
         if isinstance(adapter, LoraBlock):
             if adapter.target_modules is not None and not adapter.target_modules:
                 raise ValueError("adapter.target_modules is empty; name modules such as q_proj, or leave it out")
+            ids = adapter.trainable_token_indices
+            if ids == "added" and adapter.init_from is not None:
+                raise ValueError(
+                    "adapter.trainable_token_indices = added cannot be compared with adapter.init_from; give the ids "
+                    "that its adapter_config.json has"
+                )
+            if not isinstance(ids, str) and len(set(ids)) < len(ids):
+                twice = next(token_id for token_id in ids if ids.count(token_id) > 1)
+                raise ValueError(f"adapter.trainable_token_indices has {twice} twice; keep one")
             return
+        if self.train.loraplus_lr_ratio is not None:
+            raise ValueError(
+                f"train.loraplus_lr_ratio is for the B matrices of LoRA, and {adapter.type} has none; leave it out"
+            )
         if self.run.merge:
             raise ValueError(
                 f"run.merge is true, but the soft prompts of {adapter.type} are no weights of the base that could be "
@@ -303,6 +356,8 @@ class Recipe(Block):
             is_of_text = adapter.prompt_tuning_init == "TEXT"
             if is_of_text != bool(adapter.prompt_tuning_init_text):
                 raise ValueError("adapter.prompt_tuning_init: TEXT and prompt_tuning_init_text go together; set both")
+            if is_of_text and adapter.init_from:
+                raise ValueError("adapter.prompt_tuning_init: TEXT and adapter.init_from are two beginnings; keep one")
 
     @property
     def merges(self) -> bool:

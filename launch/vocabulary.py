@@ -59,11 +59,13 @@ def check_added_are_trained(model: PeftModel, tokenizer: PreTrainedTokenizerBase
         return
     base = model.get_base_model()
     names = {id(module): name.rpartition(".")[2] for name, module in base.named_modules()}
-    for module in filter(None, (base.get_input_embeddings(), base.get_output_embeddings())):
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    for module in filter(None, (embeddings, head)):
         if not any(parameter.requires_grad for parameter in module.parameters()):
+            rows = ", or set adapter.trainable_token_indices: added" if module is embeddings else ""
             raise ConfigError(
                 f"{', '.join(map(repr, tokens))}: added to the tokenizer, but {names[id(module)]} is not trained, so "
-                f"that all added rows would stay the same; put {names[id(module)]} into adapter.modules_to_save."
+                f"that all added rows would stay the same; put {names[id(module)]} into adapter.modules_to_save{rows}."
             )
 
 

@@ -25,7 +25,7 @@ LAYERS = (
     "launch.tiny launch.quantisation launch.adapter launch.engine launch.packing launch.report",
     "launch.factory",
     "launch.model",
-    "launch.checkpoint launch.merge launch.vocabulary",
+    "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
     "train launch.__main__",
 )
 NUM_LIGHT_LAYERS = 7  # these start fast on a login node

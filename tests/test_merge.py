@@ -25,10 +25,25 @@ def any_world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return World(directory, base, directory / "rows.jsonl")
 
 
-@pytest.mark.parametrize("modules_to_save", [[], ["lm_head"], ["embed_tokens"]], ids=["lora", "head", "embeddings"])
-def test_merged_logits_are_those_of_base_and_adapter(any_world: World, modules_to_save: list[str]) -> None:
-    name = "-".join(["merge", *modules_to_save])
-    adapter: dict[str, Any] = {"target_modules": ALL, "modules_to_save": modules_to_save}
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "head": {"modules_to_save": ["lm_head"]},
+    "embeddings": {"modules_to_save": ["embed_tokens"]},
+    "dora": {"use_dora": True},
+    "patterns": {
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 8, r"layers\.1\..*_proj": 2},
+        "alpha_pattern": {"v_proj": 5},
+    },
+    "tokens": {"trainable_token_indices": [1, 2, 300]},
+}
+FEW = [pytest.param(kind, marks=pytest.mark.slow) if kind in ("patterns", "tokens") else kind for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_merged_logits_are_those_of_base_and_adapter(any_world: World, kind: str) -> None:
+    name = f"merge-{kind}"
+    adapter = {"target_modules": ALL, **KINDS[kind]}
     train = {"max_steps": 6, "learning_rate": 3e-2}
     shards = {"merge": True, "merge_dtype": "float16", "max_shard_size_bytes": 20_000}
     launch(any_world.recipe(name, adapter=adapter, train=train, run=shards), 2)
@@ -51,7 +66,7 @@ def test_merged_logits_are_those_of_base_and_adapter(any_world: World, modules_t
     assert merged.generation_config.eos_token_id in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
     is_tied = merged.config.tie_word_embeddings
     was_tied = base.config.tie_word_embeddings
-    assert is_tied == (was_tied and not modules_to_save)
+    assert is_tied == (was_tied and "modules_to_save" not in adapter)
 
 
 def test_one_rounding_rule() -> None:

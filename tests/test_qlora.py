@@ -49,6 +49,7 @@ PHI: dict[str, Any] = {
     "target_modules": ["q_proj", "v_proj", "dense", "fc1", "fc2"],
     "modules_to_save": ["embed_tokens", "lm_head"],
 }
+ROWS: dict[str, Any] = {"modules_to_save": ["lm_head"], "trainable_token_indices": "added"}
 WHOLE: dict[str, Any] = {"load_in_4bit": False, "bnb_4bit_use_double_quant": False}
 KINDS = [(2, "nf4"), pytest.param(3, "nf4", marks=pytest.mark.slow), pytest.param(3, "whole", marks=pytest.mark.slow)]
 
@@ -300,17 +301,21 @@ def logits_of(directory: Path, path: Path, prompt: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "kind"), [(2, "nf4"), (3, "nf4"), (3, "whole")])
+@pytest.mark.parametrize(
+    ("stage", "kind", "adapter"),
+    [(2, "nf4", {}), (3, "nf4", {}), (3, "whole", {}), (2, "nf4", ROWS), (3, "whole", ROWS)],
+)
 def test_stopped_on_two_ranks_resumed_on_one_and_merged_in_full_precision(
-    phi: World, stage: int, kind: str, tmp_path: Path
+    phi: World, stage: int, kind: str, adapter: dict[str, Any], tmp_path: Path
 ) -> None:
     blocks: dict[str, dict[str, Any]] = {
         "model": NF4 if kind == "nf4" else WHOLE,
+        "adapter": adapter,
         "train": {"max_steps": 6, "save_steps": 3},
         "run": {"merge": True, "merge_dtype": "float32"},
     }
     zero = deepspeed_json(tmp_path, stage)
-    straight, stopped = f"straight-{stage}-{kind}", f"stopped-{stage}-{kind}"
+    straight, stopped = (f"{run}-{stage}-{kind}-{len(adapter)}" for run in ("straight", "stopped"))
     launch(phi_recipe(phi, straight, **blocks), 2, deepspeed=zero)
     recipe = phi_recipe(phi, stopped, **blocks)
     assert [code for code, _ in run_ranks(2, stop_at, 2, [str(recipe)], deepspeed=zero)] == [0, 0]
@@ -320,6 +325,7 @@ def test_stopped_on_two_ranks_resumed_on_one_and_merged_in_full_precision(
         load_file(path_of_step(phi.run_directory(name), 6) / "optimizer.safetensors") for name in (straight, stopped)
     )
     assert expected.keys() == found.keys() and any("lm_head" in name for name in found)
+    assert any("trainable_tokens" in name for name in found) == bool(adapter)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5 * float(tensor.abs().max()), msg=name)
 
@@ -400,6 +406,11 @@ def test_added_tokens_without_trained_rows_are_refused(phi: World, capfd: pytest
         "'<|im_start|>', '<|im_end|>': added to the tokenizer, but lm_head is not trained, so that all added rows "
         "would stay the same; put lm_head into adapter.modules_to_save."
     ) in capfd.readouterr().err
+    recipe = phi_recipe(
+        phi, "untrained", model={"extra_special_tokens": [], "eos_token": None, "pad_token": None}, adapter=ROWS
+    )
+    assert run_ranks(1, train.main, [str(recipe), "data.template=plain"]) == [1]
+    assert "trainable_token_indices = added, but the tokenizer has every token" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [NF4, WHOLE])

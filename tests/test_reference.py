@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from conftest import World, launch, run_ranks
 from deepspeed.utils import safe_get_full_grad
-from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
@@ -24,6 +25,7 @@ from launch.model import load_base, tokenizer_and_template
 from launch.packing import batch_loss, collate, forward_arguments
 from launch.recipe import Recipe
 from launch.samples import Samples
+from launch.starting_adapter import fingerprint_starting_adapter, start_from
 
 SOFT_PROMPTS = {
     "p_tuning": PromptEncoderConfig,
@@ -56,7 +58,12 @@ def our_step(recipe_path: Path) -> tuple[float, dict[str, Any]]:
     base = load_base(recipe.model.name_or_path, recipe.model, "fp32")
     name = recipe.model.name_or_path
     model = add_adapter(base, recipe.adapter, base=name, seed=settings.seed, dtype=torch.float32)
-    perturb(model)
+    start = fingerprint_starting_adapter(recipe.adapter)
+    start_from(recipe.adapter, start, model)
+    if start is None:
+        perturb(model)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = engines.start_engine(accelerator, model, settings)
     ids = batching.step_samples(0, len(samples), settings.global_batch_size, 10_000, settings.seed)
     lengths = samples.lengths[ids].tolist()
@@ -101,9 +108,13 @@ def assert_equal_steps(ours: tuple[float, dict[str, Any]], theirs: tuple[float, 
 def their_model(recipe: Recipe) -> torch.nn.Module:
     base = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.float32)
     torch.manual_seed(recipe.train.seed)
-    config = LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, lora_dropout=0.0, **ADAPTER)
-    if recipe.adapter.type != "lora":
-        given = recipe.adapter.model_dump(exclude={"type"})
+    if getattr(recipe.adapter, "init_from", None):
+        return PeftModel.from_pretrained(base, recipe.adapter.init_from, is_trainable=True)
+    given = {key: value for key, value in recipe.adapter.model_dump().items() if key not in ("type", "init_from")}
+    if recipe.adapter.type == "lora":
+        lists = {key: list(value) or None for key, value in given.items() if isinstance(value, tuple)}
+        config = LoraConfig(task_type="CAUSAL_LM", **given | lists)
+    else:
         source = {"tokenizer_name_or_path": recipe.model.name_or_path} if given.get("prompt_tuning_init_text") else {}
         config = SOFT_PROMPTS[recipe.adapter.type](task_type="CAUSAL_LM", **given, **source)
     return get_peft_model(base, config)
@@ -128,7 +139,8 @@ def their_step(path: Path) -> tuple[float, dict[str, Any]]:
     recipe = load_recipe(path)
     samples, _ = samples_of(recipe)
     model = their_model(recipe)
-    perturb(model)
+    if not getattr(recipe.adapter, "init_from", None):
+        perturb(model)
     loss = their_loss(model, samples, batching.step_samples(0, len(samples), 8, 10_000, recipe.train.seed))
     loss.backward()
     return float(loss.detach()), {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
@@ -142,6 +154,14 @@ def their_run(path: Path) -> tuple[dict[str, Any], list[float]]:
     model = their_model(recipe)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    if settings.loraplus_lr_ratio:
+        optimizer = create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=settings.learning_rate,
+            loraplus_lr_ratio=settings.loraplus_lr_ratio,
+            loraplus_weight_decay=settings.weight_decay,
+        )
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.max_steps)
     norms = []
     for step in range(settings.max_steps):
@@ -154,18 +174,25 @@ def their_run(path: Path) -> tuple[dict[str, Any], list[float]]:
     return {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}, norms
 
 
-def test_whole_runs_end_with_the_same_weights(world: World) -> None:
+@pytest.mark.parametrize("loraplus", [None, pytest.param(4.0, marks=pytest.mark.slow)])
+def test_whole_runs_end_with_the_same_weights(
+    world: World, loraplus: float | None, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Clipping bites in every step, weight decay is on, and the learning rate warms up and decays."""
     settings = {"max_steps": 6, "max_grad_norm": 0.3, "weight_decay": 0.1, "warmup_steps": 2}
-    path = world.recipe("six-steps", adapter=ADAPTER, train=settings)
+    adapter = ADAPTER | {"use_dora": True} if loraplus else ADAPTER
+    name = f"six-steps-{loraplus}"
+    path = world.recipe(name, adapter=adapter, train=settings | {"loraplus_lr_ratio": loraplus})
     launch(path, 2)
+    kinds = "lora_A, lora_B, lora_magnitude_vector, lm_head" if loraplus else "lora_A, lora_B, lm_head"
+    assert f"%): {kinds} a rank holds" in " ".join(capfd.readouterr().out.split())
     expected, norms = run_ranks(1, their_run, path)[0]
     assert min(norms) > 0.3
-    assert [r["gradient_norm"] for r in world.metrics("six-steps", "train")] == pytest.approx(norms, rel=1e-4)
-    found = load_file(path_of_step(world.run_directory("six-steps"), 6) / "optimizer.safetensors")
-    for name, weights in expected.items():
-        difference = np.abs(found[f"{name}.master"] - weights).max() / np.abs(weights).max()
-        assert difference < 1e-4, f"{name} differs by {difference:.1e}"
+    assert [r["gradient_norm"] for r in world.metrics(name, "train")] == pytest.approx(norms, rel=1e-4)
+    found = load_file(path_of_step(world.run_directory(name), 6) / "optimizer.safetensors")
+    for parameter, weights in expected.items():
+        difference = np.abs(found[f"{parameter}.master"] - weights).max() / np.abs(weights).max()
+        assert difference < 1e-4, f"{parameter} differs by {difference:.1e}"
 
 
 def test_token_accuracy_is_that_of_a_slow_loop(world: World) -> None:
