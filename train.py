@@ -38,6 +38,7 @@ from launch.errors import DataError, LaunchError
 from launch.model import (
     DTYPES,
     check_adapter_fits,
+    enable_gradient_checkpointing,
     fingerprint_base,
     load_base,
     resolve_base,
@@ -114,7 +115,7 @@ def train(recipe: Recipe) -> None:
     if recipe.merges:
         merging.plan_merge(model)  # refuses now what it could not merge at the end
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     engine = engines.start_engine(accelerator, model, recipe.train)
     if checkpoint is not None:
         checkpoints.restore(checkpoint, engine)

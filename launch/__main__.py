@@ -56,12 +56,15 @@ def preview(
 
 
 def _check(recipe: Recipe) -> None:
+    import transformers
+
     from launch.data import prepare
     from launch.data_report import outcomes_line
     from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
 
     preflight.check(recipe)
     if recipe.model.name_or_path != TINY_MODEL_NAME:
+        transformers.logging.set_verbosity_error()  # remote code gives it much to remark on
         check_adapter_fits(resolve_base(recipe), recipe)
     with tempfile.TemporaryDirectory() as directory:
         report = prepare(recipe, Path(directory), lambda: tokenizer_and_template(recipe)).report

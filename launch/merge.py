@@ -15,7 +15,8 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME
@@ -108,6 +109,7 @@ def merge(
     def write_files(directory: Path) -> None:
         progress = tqdm(merged, total=len(parts), desc="merge", unit="tensor", leave=False, disable=None)
         _write_shards(directory, progress, max_shard_size_bytes)
+        _write_code(directory, model.get_base_model(), config)
         config.save_pretrained(str(directory))
         generation_config.save_pretrained(str(directory))
         tokenizer.save_pretrained(str(directory))
@@ -182,6 +184,15 @@ def _write_shards(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], 
         weight_map |= dict.fromkeys(names, file_name)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_code(directory: Path, base: PreTrainedModel, config: PretrainedConfig) -> None:
+    """The remote code of the base, if it is such, and an auto_map of what is in the directory alone."""
+    if base._auto_class is None:
+        return
+    custom_object_save(base, directory, config=config)
+    local = {name: reference.rpartition("--")[2] for name, reference in config.auto_map.items()}
+    config.auto_map = {name: ref for name, ref in local.items() if (directory / f"{ref.partition('.')[0]}.py").exists()}
 
 
 def _check_all_used(model: PeftModel, parts: Sequence[Part]) -> None:

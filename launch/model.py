@@ -1,25 +1,31 @@
 """The tokenizer and the base model, by hub id, by local path, or built on the spot."""
 
 import hashlib
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
+from huggingface_hub import snapshot_download
+from peft import PeftModel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from launch import tiny
 from launch.adapter import check_targets
 from launch.errors import ModelError, TemplateError
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
+from launch.remote_code import loading_class
 from launch.templates import ChatTemplate, load_chat_template
 
 _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK_BYTES = 64, 65536
@@ -75,12 +81,13 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
 
 
 def fingerprint_base(base: str, model: ModelBlock) -> str:
-    """Tells two bases under one name apart: the hub's commit, or a digest of config.json and samples of the weights."""
+    """Tells two bases under one name apart: the hub's commit, or a digest of config, code and parts of the weights."""
     directory = Path(base)
     if not directory.is_dir():
-        config = AutoConfig.from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        return f"commit {config._commit_hash}"
+        return f"commit {Path(snapshot_download(base, revision=model.revision, allow_patterns=['config.json'])).name}"
     digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted(directory.rglob("*.py")) if model.trust_remote_code else ():
+        digest.update(f"{path.relative_to(directory)} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
     for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
         size_bytes = path.stat().st_size
         digest.update(f"{path.name} {size_bytes}".encode())
@@ -92,24 +99,35 @@ def fingerprint_base(base: str, model: ModelBlock) -> str:
 
 
 def check_adapter_fits(base: str, recipe: Recipe) -> None:
-    """Find a misspelt target before the weights are read, on a model without weights.
-
-    Skipped for remote code, whose modules are only known once it runs; `add_adapter` checks again in any case.
-    """
-    if recipe.model.trust_remote_code:
-        return
-    config = AutoConfig.from_pretrained(base, revision=recipe.model.revision)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    """Find a misspelt target before the weights are read, on a model without weights; `add_adapter` checks again."""
+    settings = recipe.model
+    config = _config(base, settings)
+    reference = _auto_map(config).get(loading_class(config.model_type, _auto_map(config)))
+    if settings.trust_remote_code and reference:
+        model_class = get_class_from_dynamic_module(reference, base, revision=settings.revision)
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    else:
         raise ModelError(f"{base} is a {type(config).__name__}, for which transformers has no causal language model.")
-    with torch.device("meta"):  # the class itself: from_config would partition it under ZeRO-3
-        skeleton = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    try:
+        with torch.device("meta"):  # the class itself: from_config would partition it under ZeRO-3
+            skeleton = model_class(config)
+    except Exception as error:
+        if not reference:
+            raise
+        # Nobody knows what remote code does when it is made; it may want values, which a meta tensor has not.
+        note = f"{model_class.__name__} cannot be made without weights, so its targets are checked with them"
+        print(f"{note}: {type(error).__name__}: {_first_line(error)}", file=sys.stderr, flush=True)
+        return
     check_targets(skeleton, recipe.adapter)
 
 
 def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
     """The frozen base model in the run's precision; under ZeRO-3 each rank holds its share only (zero.Init)."""
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
+        config = _config(base, model)
+        loader = getattr(transformers, loading_class(config.model_type, _auto_map(config)))
+        loaded, found = loader.from_pretrained(
             base,
             output_loading_info=True,
             revision=model.revision,
@@ -130,6 +148,19 @@ def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
     return loaded
 
 
+def enable_gradient_checkpointing(model: PeftModel) -> None:
+    """Compute activations again in the backward pass. Raises ModelError when the model does not do that.
+
+    transformers also makes the embeddings' output need a gradient: remote code has the reentrant kind of checkpointing,
+    under which layers whose inputs need none, as behind a frozen embedding, would get none themselves.
+    """
+    base = model.get_base_model()
+    try:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"{_first_line(error)[:-1]}; set train.gradient_checkpointing to false.") from None
+
+
 def serving_generation_config(model: PreTrainedModel, end_token_ids: list[int]) -> GenerationConfig:
     """The base's generation config with the trained end tokens added to those that stop."""
     config = (
@@ -142,6 +173,18 @@ def serving_generation_config(model: PreTrainedModel, end_token_ids: list[int]) 
     )
     config.eos_token_id = sorted({*end_token_ids, *(stop for stop in stops if stop is not None)})
     return config
+
+
+def _config(base: str, model: ModelBlock) -> PretrainedConfig:
+    """Never None for trust_remote_code: transformers would ask on the terminal."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        base, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    return config
+
+
+def _auto_map(config: PretrainedConfig) -> dict[str, str]:
+    return getattr(config, "auto_map", None) or {}
 
 
 def _first_line(error: BaseException) -> str:

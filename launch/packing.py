@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from peft import PeftModel
 
 from launch.samples import Samples
 from metrics.tokens import loss_and_sums
@@ -131,20 +132,30 @@ def _accepts(model: torch.nn.Module, *names: str) -> bool:
     return set(names) <= inspect.signature(model.forward).parameters.keys()
 
 
+def _takes_use_cache(model: torch.nn.Module) -> bool:
+    """Whether the base inside the engine and the adapter has a cache to be told of, which old remote code has not."""
+    base = getattr(model, "module", model)
+    base = base.get_base_model() if isinstance(base, PeftModel) else base
+    parameters = inspect.signature(base.forward).parameters
+    return "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def _logits(model: torch.nn.Module, batch: Batch, *, select: bool, virtual_columns: int) -> torch.Tensor:
     """[positions, vocab]; a micro-batch without targets gives the one row that its backward pass starts from."""
     rows, columns = batch.row_index, batch.column_index + virtual_columns
     if batch.targets.numel() == 0:
         rows = columns = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
-    arguments = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
-    arguments = {name: value for name, value in arguments.items() if value is not None}
+    given = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+    arguments: dict[str, object] = {name: value for name, value in given.items() if value is not None}
+    if _takes_use_cache(model):
+        arguments["use_cache"] = False
     if batch.position_ids is not None:
         logits: torch.Tensor = model(
-            input_ids=batch.input_ids, logits_to_keep=columns, use_cache=False, **arguments
+            input_ids=batch.input_ids, logits_to_keep=columns, **arguments
         ).logits  # [1, positions, vocab]
         return logits[0]
     if select:
         kept, column_of = torch.unique(columns, return_inverse=True)
         arguments["logits_to_keep"], columns = kept, column_of
-    logits = model(input_ids=batch.input_ids, use_cache=False, **arguments).logits  # [batch, columns, vocab]
+    logits = model(input_ids=batch.input_ids, **arguments).logits  # [batch, columns, vocab]
     return logits[rows, columns]
