@@ -136,6 +136,10 @@ def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
             attn_implementation=model.attn_implementation,
         )
     except (OSError, ValueError, ImportError) as error:
+        if "does not support an attention implementation" in str(error):
+            raise ModelError(
+                f"{base} has no attention for model.attn_implementation = {model.attn_implementation}; set it to eager."
+            ) from None
         raise ModelError(f"The base model {base} cannot be loaded: {_first_line(error)}") from None
     for fault in ("missing_keys", "mismatched_keys"):
         if found[fault]:

@@ -23,7 +23,7 @@ LAYERS = (
     "launch.data_report",
     "launch.data launch.data_page",
     "launch.tiny launch.model launch.adapter launch.engine launch.packing launch.report",
-    "launch.checkpoint launch.merge",
+    "launch.checkpoint launch.merge launch.generate",
     "train launch.__main__",
 )
 NUM_LIGHT_LAYERS = 7  # these start fast on a login node
