@@ -2,6 +2,8 @@
 
 import hashlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,12 +54,10 @@ def tokenizer_and_template(recipe: Recipe, base: str | None = None) -> tuple[Pre
 
 def load_tokenizer(base: str, model: ModelBlock) -> PreTrainedTokenizerBase:
     """The base model's tokenizer. Raises ModelError when it cannot be loaded."""
-    try:
+    with _loading(f"The tokenizer of {base}", model):
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"The tokenizer of {base} cannot be loaded: {_first_line(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
@@ -104,7 +104,8 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
     config = _config(base, settings)
     reference = _auto_map(config).get(loading_class(config.model_type, _auto_map(config)))
     if settings.trust_remote_code and reference:
-        model_class = get_class_from_dynamic_module(reference, base, revision=settings.revision)
+        with _loading(f"The base model {base}", settings):
+            model_class = get_class_from_dynamic_module(reference, base, revision=settings.revision)
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     else:
@@ -124,9 +125,9 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
 
 def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
     """The frozen base model in the run's precision; under ZeRO-3 each rank holds its share only (zero.Init)."""
-    try:
-        config = _config(base, model)
-        loader = getattr(transformers, loading_class(config.model_type, _auto_map(config)))
+    config = _config(base, model)
+    loader = getattr(transformers, loading_class(config.model_type, _auto_map(config)))
+    with _loading(f"The base model {base}", model):
         loaded, found = loader.from_pretrained(
             base,
             output_loading_info=True,
@@ -135,12 +136,6 @@ def load_base(base: str, model: ModelBlock, precision: str) -> PreTrainedModel:
             dtype=DTYPES[precision],
             attn_implementation=model.attn_implementation,
         )
-    except (OSError, ValueError, ImportError) as error:
-        if "does not support an attention implementation" in str(error):
-            raise ModelError(
-                f"{base} has no attention for model.attn_implementation = {model.attn_implementation}; set it to eager."
-            ) from None
-        raise ModelError(f"The base model {base} cannot be loaded: {_first_line(error)}") from None
     for fault in ("missing_keys", "mismatched_keys"):
         if found[fault]:
             name = sorted(map(str, found[fault]))[0]
@@ -179,11 +174,31 @@ def serving_generation_config(model: PreTrainedModel, end_token_ids: list[int]) 
     return config
 
 
+@contextmanager
+def _loading(what: str, model: ModelBlock) -> Iterator[None]:
+    """Makes a ModelError of what loading raises, of remote code whatever that raises."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        if "does not support an attention implementation" in str(error):
+            attention = model.attn_implementation
+            raise ModelError(f"{what} has no {attention} attention; set model.attn_implementation to eager.") from None
+        raise ModelError(f"{what} cannot be loaded: {_first_line(error)}") from None
+    except Exception as error:
+        if not model.trust_remote_code or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            f"{what} cannot be loaded: its own code failed with {type(error).__name__}: {_first_line(error)[:-1]}; it "
+            f"may have been written for another version than transformers {transformers.__version__}."
+        ) from error
+
+
 def _config(base: str, model: ModelBlock) -> PretrainedConfig:
     """Never None for trust_remote_code: transformers would ask on the terminal."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(
-        base, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
+    with _loading(f"config.json of {base}", model):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            base, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
     return config
 
 

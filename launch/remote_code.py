@@ -57,9 +57,15 @@ def check_remote_code(model: ModelBlock, directory: Path, commit: str | None) ->
             f"model.trust_remote_code would run whatever code {name} holds on the day of the run; set model.revision "
             f"to the commit whose code you have read ({model.revision or 'the present one'} is {commit})."
         )
+    auto_map = config.get("auto_map") or {}
+    loader = loading_class(config.get("model_type", ""), auto_map)
+    if auto_map and loader not in auto_map and not _has_substitute("config.json", config, tokenizer_config):
+        raise ModelError(
+            f"The auto_map of {name} names no {loader} (it has {', '.join(auto_map)}), so that transformers cannot "
+            "load it as a language model; choose another base."
+        )
     modules = sorted({reference.rpartition("--")[2].partition(".")[0] for reference in references})
     place = f"{name} at {commit}" if commit else str(directory)
-    loader = loading_class(config.get("model_type", ""), config.get("auto_map", ()))
     print(
         f"Warning: model.trust_remote_code lets {', '.join(f'{module}.py' for module in modules)} of {place} run "
         f"with your rights; the model is loaded by {loader}.",

@@ -105,6 +105,8 @@ def build_remote_base(directory: Path, texts: list[str]) -> Path:
             vocab_size=2000,
             hard_vocab_limit=False,
             byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
             character_coverage=0.98,
             minloglevel=2,
         )

@@ -97,7 +97,7 @@ def test_gradients_are_those_of_peft(world: World, checkpointing: bool) -> None:
 
 
 def test_begin_and_end_are_ids_and_a_row_cannot_write_them(world: World) -> None:
-    rows = [{"input": "石 头", "output": "路 标"}, {"input": "a </s> b", "output": "<s> c"}]
+    rows = [{"input": "石 头\n\n ，", "output": "路  标"}, {"input": "a </s> b", "output": "<s> c"}]
     path = world.directory / "ends.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = {"train": str(path), "template": "bluelm", "test_size": 0}
@@ -108,7 +108,7 @@ def test_begin_and_end_are_ids_and_a_row_cannot_write_them(world: World) -> None
         ids, is_trained = samples.sample(index)
         assert (ids[0], ids[-1], list(ids).count(1), list(ids).count(2)) == (1, 2, 1, 1)
         assert is_trained[-1] and not is_trained[0]
-        assert tokenizer.decode(ids[is_trained]).strip() == f"{row['output']}</s>"
+        assert tokenizer.decode(ids[is_trained]) == f"{row['output']}</s>"
         assert tokenizer.decode(ids[~is_trained]) == f"<s>[|Human|]:{row['input']}[|AI|]:"
 
 
@@ -210,6 +210,65 @@ def test_changed_code_is_another_base(world: World) -> None:
 )
 def test_loading_classes(model_type: str, auto_map: list[str], expected: str) -> None:
     assert loading_class(model_type, auto_map) == expected
+
+
+def test_a_family_of_another_loading_class_loads(world: World, tmp_path: Path) -> None:
+    """As ChatGLM's, whose language model is called AutoModel; of an unknown family that would be one without a head."""
+    base = tmp_path / "chatglm"
+    shutil.copytree(world.base, base)
+    code, config = base / "configuration_tiny.py", base / "config.json"
+    code.write_text(code.read_text(encoding="utf-8").replace("cairn_tiny", "chatglm"), encoding="utf-8")
+    text = config.read_text(encoding="utf-8").replace("AutoModelForCausalLM", "AutoModel")
+    config.write_text(text.replace("cairn_tiny", "chatglm"), encoding="utf-8")
+    block = ModelBlock(name_or_path=str(base), trust_remote_code=True, attn_implementation="eager")
+    assert type(load_base(str(base), block, "fp32")).__name__ == "TinyForCausalLM"
+    config.write_text(text, encoding="utf-8")
+    with pytest.raises(
+        ModelError, match=r"auto_map of .* names no AutoModelForCausalLM \(it has AutoConfig, AutoModel\)"
+    ):
+        check_model(block)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "sentence"),
+    [
+        ("tokenization_tiny.py", "None.nothing", "The tokenizer of {} cannot be loaded: its own code failed with Attr"),
+        ("configuration_tiny.py", "import no_such_package", "config.json of {} cannot be loaded: This modeling file"),
+        (
+            "modeling_tiny.py",
+            "1 / 0",
+            "The base model {} cannot be loaded: its own code failed with ZeroDivisionError: ",
+        ),
+    ],
+)
+def test_code_that_fails_is_one_sentence(world: World, tmp_path: Path, file: str, line: str, sentence: str) -> None:
+    base = tmp_path / file.partition("_")[0]
+    shutil.copytree(world.base, base)
+    (base / file).write_text(f"{(base / file).read_text(encoding='utf-8')}\n{line}\n", encoding="utf-8")
+    recipe = world.recipe("failing", model=TRUST | {"name_or_path": str(base)}, data={"template": "bluelm"})
+    code, _, err = python_m_launch("check", recipe)
+    assert code == 2 and f"\nRefused: {sentence.format(base)}" in err
+
+
+def test_targets_are_checked_before_the_weights_are_there(world: World, tmp_path: Path) -> None:
+    """Unless the code cannot be made without them, which is said."""
+    base = tmp_path / "hollow"
+    shutil.copytree(world.base, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    recipe = world.recipe("hollow", model=TRUST | {"name_or_path": str(base)}, data={"template": "bluelm"})
+    misspelt = "adapter.target_modules=[q_porj]"
+    code, _, err = python_m_launch("check", recipe, misspelt)
+    assert code == 2 and "no module of the model is named 'q_porj'; did you mean q_proj? It has down_proj, emb" in err
+    path = base / "modeling_tiny.py"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("self.post_init()", "self.post_init(); torch.ones(1).item()"), encoding="utf-8")
+    code, _, err = python_m_launch("check", recipe, misspelt)
+    assert code == 0 and "\nTinyForCausalLM cannot be made without weights, so its targets are checked with th" in err
+
+
+def test_attention_that_the_code_has_not(world: World) -> None:
+    block = ModelBlock(name_or_path=str(world.base), trust_remote_code=True)
+    with pytest.raises(ModelError, match=r"has no sdpa attention; set model\.attn_implementation to eager\.$"):
+        load_base(str(world.base), block, "fp32")
 
 
 # ---- a whole run ----
