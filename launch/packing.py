@@ -121,10 +121,9 @@ def leak_between_samples(model: torch.nn.Module, samples: Samples, device: torch
     packed = torch.from_numpy(np.concatenate([first, second])).to(device)[None]  # [1, seq]
     positions = torch.from_numpy(np.concatenate([np.arange(len(first)), np.arange(len(second))])).to(device)
     columns = torch.arange(len(first), len(first) + len(second), device=device)
-    together = model(input_ids=packed, position_ids=positions[None], logits_to_keep=columns, use_cache=False).logits[
-        0
-    ]  # [second, vocab]
-    alone = model(input_ids=torch.from_numpy(second).to(device)[None], use_cache=False).logits[0]
+    given = {"position_ids": positions[None], "logits_to_keep": columns} | _no_cache(model)
+    together = model(input_ids=packed, **given).logits[0]  # [second, vocab]
+    alone = model(input_ids=torch.from_numpy(second).to(device)[None], **_no_cache(model)).logits[0]
     return float((together.float() - alone.float()).abs().max() / alone.float().abs().max().clamp_min(1e-12))
 
 
@@ -132,12 +131,13 @@ def _accepts(model: torch.nn.Module, *names: str) -> bool:
     return set(names) <= inspect.signature(model.forward).parameters.keys()
 
 
-def _takes_use_cache(model: torch.nn.Module) -> bool:
-    """Whether the base inside the engine and the adapter has a cache to be told of, which old remote code has not."""
+def _no_cache(model: torch.nn.Module) -> dict[str, object]:
+    """What says so to the base inside engine and adapter: old remote code has no such argument, and no cache then."""
     base = getattr(model, "module", model)
     base = base.get_base_model() if isinstance(base, PeftModel) else base
     parameters = inspect.signature(base.forward).parameters
-    return "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {"use_cache": False} if takes else {}
 
 
 def _logits(model: torch.nn.Module, batch: Batch, *, select: bool, virtual_columns: int) -> torch.Tensor:
@@ -146,13 +146,10 @@ def _logits(model: torch.nn.Module, batch: Batch, *, select: bool, virtual_colum
     if batch.targets.numel() == 0:
         rows = columns = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
     given = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
-    arguments: dict[str, object] = {name: value for name, value in given.items() if value is not None}
-    if _takes_use_cache(model):
-        arguments["use_cache"] = False
+    arguments = {name: value for name, value in given.items() if value is not None} | _no_cache(model)
     if batch.position_ids is not None:
-        logits: torch.Tensor = model(
-            input_ids=batch.input_ids, logits_to_keep=columns, **arguments
-        ).logits  # [1, positions, vocab]
+        arguments["logits_to_keep"] = columns
+        logits: torch.Tensor = model(input_ids=batch.input_ids, **arguments).logits  # [1, positions, vocab]
         return logits[0]
     if select:
         kept, column_of = torch.unique(columns, return_inverse=True)
