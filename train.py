@@ -41,6 +41,7 @@ from launch.model import (
     enable_gradient_checkpointing,
     fingerprint_base,
     load_base,
+    load_tokenizer,
     resolve_base,
     serving_generation_config,
     tokenizer_and_template,
@@ -325,6 +326,8 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     directory = recipe.run_directory
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
     check_adapter_fits(base, recipe)
+    if recipe.model.trust_remote_code:  # its code is then whole in transformers' cache when the other ranks look there
+        load_tokenizer(base, recipe.model)
     prepared = prepare(recipe, directory, lambda: tokenizer_and_template(recipe, base))
     if recipe.train.load_best_model_at_end and not len(prepared.split["evaluation"]):
         raise DataError("train.load_best_model_at_end has no rows to evaluate; set data.test_size or data.evaluation.")

@@ -191,8 +191,8 @@ def _write_code(directory: Path, base: PreTrainedModel, config: PretrainedConfig
     if base._auto_class is None:
         return
     custom_object_save(base, directory, config=config)
-    local = {name: reference.rpartition("--")[2] for name, reference in config.auto_map.items()}
-    config.auto_map = {name: ref for name, ref in local.items() if (directory / f"{ref.partition('.')[0]}.py").exists()}
+    classes = {name: ref.rpartition("--")[2] for name, ref in config.auto_map.items() if isinstance(ref, str)}
+    config.auto_map = {name: ref for name, ref in classes.items() if (directory / f"{ref.split('.')[0]}.py").exists()}
 
 
 def _check_all_used(model: PeftModel, parts: Sequence[Part]) -> None:

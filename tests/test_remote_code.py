@@ -162,7 +162,11 @@ def hub_id(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str
     shutil.copytree(world.base, snapshot)
     config = json.loads((snapshot / "config.json").read_text(encoding="utf-8"))
     config["auto_map"] = {name: f"owner/tiny--{reference}" for name, reference in config["auto_map"].items()}
+    tokenizer = json.loads((snapshot / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer["auto_map"]["AutoTokenizer"] = ["owner/tiny--tokenization_tiny.TinyTokenizer", None]
+    config["auto_map"] |= tokenizer["auto_map"] | {"AutoModel": "owner/tiny--no_such_file.TinyModel"}
     (snapshot / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (snapshot / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT, encoding="utf-8")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
