@@ -126,11 +126,11 @@ def _generate(
 
 
 def _lines(name: str, text: str) -> Iterator[str]:
-    """The text beside its name, and under itself; a Chinese character is two columns wide."""
+    """The text beside its name, and under itself; a Chinese character is two columns wide, none moves the cursor."""
     indent = f"  {name}".ljust(14)
-    for paragraph in text.split("\n"):
+    for paragraph in text.expandtabs(4).split("\n"):
         line, width = indent, len(indent)
-        for character in paragraph:
+        for character in (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in paragraph):
             wide = 1 + (unicodedata.east_asian_width(character) in "WF")
             if width + wide > COLUMNS:
                 yield line.rstrip()

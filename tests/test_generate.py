@@ -79,8 +79,8 @@ def test_a_run_without_an_adapter_is_refused(world: World) -> None:
 
 
 def test_long_and_wide_texts_keep_to_80_columns() -> None:
-    answer = Answer("rows.json:1", "merged model, bf16 on cuda", "x" * 300, "石" * 90 + "\n路", "stone")
+    answer = Answer("rows.json:1", "merged model, bf16 on cuda", "x" * 300, "石" * 90 + "\n路", "st\rone")
     lines = answer.as_text().splitlines()
     assert all(len(line) + sum(character in "石路" for character in line) <= 80 for line in lines)
-    assert lines[1].startswith("  prompt      ...x") and lines[-1] == "  reference   stone"
+    assert lines[1].startswith("  prompt      ...x") and lines[-1] == "  reference   st�one"
     assert sum(line.count("石") for line in lines) == 90 and lines[-2] == " " * 14 + "路"
