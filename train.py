@@ -40,6 +40,7 @@ from launch.model import (
     DTYPES,
     added_token_ids,
     check_adapter_fits,
+    enable_gradient_checkpointing,
     fingerprint_base,
     load_base,
     resolve_base,
@@ -127,7 +128,7 @@ def train(recipe: Recipe) -> None:
     if recipe.merges:
         merging.plan_merge(model)  # refuses now what it could not merge at the end
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_gradient_checkpointing(model)
     engine = engines.start_engine(accelerator, model, recipe.train)
     if checkpoint is not None:
         checkpoints.restore(checkpoint, engine)
@@ -340,6 +341,8 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
     check_adapter_fits(base, recipe)
     init_from_sha256 = fingerprint_starting_adapter(recipe.adapter)
+    if recipe.model.trust_remote_code:  # its code is then whole in transformers' cache when the other ranks look there
+        tokenizer_and_template(recipe, base)
     prepared = prepare(recipe, directory, lambda: tokenizer_and_template(recipe, base))
     if recipe.train.load_best_model_at_end and not len(prepared.split["evaluation"]):
         raise DataError("train.load_best_model_at_end has no rows to evaluate; set data.test_size or data.evaluation.")

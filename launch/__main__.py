@@ -1,10 +1,11 @@
-"""python -m launch check | data | preview: what a recipe will do, before a job is queued for it."""
+"""python -m launch check | data | preview | generate: what a recipe will do, and what its run has learned."""
 
 import functools
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +56,19 @@ def preview(
     _refuse_in_one_sentence(lambda: _preview(parse_command_line(arguments or []), rows))
 
 
+@app.command()
+def generate(
+    arguments: Arguments = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to answer.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+) -> None:
+    """Answer held-out rows with what a finished run has trained, beside their own answers."""
+    _refuse_in_one_sentence(lambda: _generate(parse_command_line(arguments or []), rows, max_new_tokens))
+
+
 def _check(recipe: Recipe) -> None:
+    import transformers
+
     from launch.data import prepare
     from launch.data_report import outcomes_line
     from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
@@ -63,6 +76,7 @@ def _check(recipe: Recipe) -> None:
 
     preflight.check(recipe)
     if recipe.model.name_or_path != TINY_MODEL_NAME:
+        transformers.logging.set_verbosity_error()  # remote code gives it much to remark on
         check_adapter_fits(resolve_base(recipe), recipe)
     fingerprint_starting_adapter(recipe.adapter)
     with tempfile.TemporaryDirectory() as directory:
@@ -152,7 +166,7 @@ def _shown_samples(prepared: "Prepared", tools: "Tools") -> list["ShownSample"]:
 
 
 def _preview(recipe: Recipe, num_rows: int) -> None:
-    from launch.data import first_conversations
+    from launch.data import conversations
     from launch.formats import BadRowError
     from launch.ledger import Work, render
     from launch.model import tokenizer_and_template
@@ -163,7 +177,7 @@ def _preview(recipe: Recipe, num_rows: int) -> None:
     tokenizer, template = tokenizer_and_template(recipe)
     prove_mask(template)
     work = Work(recipe.data, {}, template, tokenizer, special_pattern(tokenizer))
-    for row_id, conversation in first_conversations(recipe, num_rows):
+    for row_id, conversation in islice(conversations(recipe), num_rows):
         try:
             if isinstance(conversation, BadRowError):
                 raise conversation
@@ -180,6 +194,13 @@ def _preview(recipe: Recipe, num_rows: int) -> None:
         print(f"── {row_id}: template {template.name}, {', '.join(notes)}")
         shown = stretches(tokens.ids, tokens.is_trained, tokenizer)
         print("".join(_mark(text) if is_trained else text for text, is_trained in shown))
+
+
+def _generate(recipe: Recipe, num_rows: int, max_new_tokens: int) -> None:
+    from launch.generate import answers
+
+    for answer in answers(recipe, num_rows, max_new_tokens):
+        print(answer.as_text(), flush=True)
 
 
 def _mark(text: str) -> str:

@@ -148,14 +148,11 @@ def prepare(recipe: Recipe, directory: Path, load: Callable[[], Tools]) -> Prepa
     return prepared
 
 
-def first_conversations(recipe: Recipe, count: int) -> Iterator[tuple[str, Conversation | BadRowError]]:
-    """(row id, conversation or what is wrong) of the first rows to train on."""
-    for file in find_files(recipe.data.train):
+def conversations(recipe: Recipe) -> Iterator[tuple[str, Conversation | BadRowError]]:
+    """(row id, conversation or what is wrong) of every row, those to train on first."""
+    for file in find_files((*recipe.data.train, *recipe.data.evaluation)):
         row_format = _format_of(file, recipe.data)
         for raw in (raw for chunk in read_chunks(file) for raw in rows_of(chunk)):
-            if count == 0:
-                return
-            count -= 1
             row_id = f"{file.label}:{raw.number}"
             try:
                 yield row_id, conversation_of(raw, row_format, row_id)

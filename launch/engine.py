@@ -56,6 +56,7 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers|peft")
+    warnings.filterwarnings("ignore", message="torch.utils.checkpoint: the use_reentrant")  # of old remote code
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 

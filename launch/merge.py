@@ -19,7 +19,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME
@@ -137,6 +138,7 @@ def merge(
             config = copy.deepcopy(base.config)
             config.dtype = DTYPES[dtype_name]
             config.tie_word_embeddings = bool(config.tie_word_embeddings and ties)
+            _write_code(directory, base, config)
             config.save_pretrained(str(directory))
             generation_config.save_pretrained(str(directory))
         else:
@@ -243,6 +245,15 @@ def _write_state_dict(directory: Path, tensors: Iterator[tuple[str, torch.Tensor
         state[name] = on_disk.view(tensor.shape).copy_(tensor)
     torch.save(state | {second: state[first] for second, first in ties.items()}, directory / "model.pth")
     shutil.rmtree(waiting)
+
+
+def _write_code(directory: Path, base: PreTrainedModel, config: PretrainedConfig) -> None:
+    """The remote code of the base, if it is such, and an auto_map of what is in the directory alone."""
+    if base._auto_class is None:
+        return
+    custom_object_save(base, directory, config=config)
+    classes = {name: ref.rpartition("--")[2] for name, ref in config.auto_map.items() if isinstance(ref, str)}
+    config.auto_map = {name: ref for name, ref in classes.items() if (directory / f"{ref.split('.')[0]}.py").exists()}
 
 
 def _check_all_used(model: PeftModel, parts: Sequence[Part]) -> None:

@@ -1,18 +1,25 @@
 """The tokenizer and the base model, by hub id, by local path, or built on the spot."""
 
 import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
+from huggingface_hub import snapshot_download
+from peft import PeftModel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from launch import factory, tiny
 from launch.adapter import check_targets, with_token_ids
@@ -20,6 +27,7 @@ from launch.errors import ModelError, TemplateError
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
 from launch.quantisation import check_usable, is_quantised, keep_layout, quantisation
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
+from launch.remote_code import loading_class
 from launch.templates import ChatTemplate, load_chat_template
 
 _FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK_BYTES = 64, 65536
@@ -48,12 +56,10 @@ def tokenizer_and_template(recipe: Recipe, base: str | None = None) -> tuple[Pre
 
 def load_tokenizer(base: str, model: ModelBlock) -> PreTrainedTokenizerBase:
     """The base model's tokenizer with the recipe's tokens. Raises ModelError when it cannot be loaded."""
-    try:
+    with _loading(f"The tokenizer of {base}", model):
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"The tokenizer of {base} cannot be loaded: {_first_line(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     add_tokens(tokenizer, model)
     return tokenizer
@@ -98,16 +104,18 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
 
 
 def fingerprint_base(base: str, model: ModelBlock) -> str:
-    """Tells two bases under one name apart: the hub's commit, or a digest of its code and samples of its weights."""
+    """Tells two bases under one name apart: the hub's commit, or a digest of config, code and parts of the weights."""
     directory = Path(base)
     if model.factory is not None:
-        code, weights = Path(model.factory.rpartition(":")[0]).expanduser(), [directory]
+        code, weights = [Path(model.factory.rpartition(":")[0]).expanduser()], [directory]
     elif directory.is_dir():
-        code, weights = directory / "config.json", sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+        code = [directory / "config.json", *(sorted(directory.rglob("*.py")) if model.trust_remote_code else ())]
+        weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
     else:
-        config = AutoConfig.from_pretrained(base, revision=model.revision, trust_remote_code=model.trust_remote_code)
-        return f"commit {config._commit_hash}"
-    digest = hashlib.sha256(code.read_bytes())
+        return f"commit {Path(snapshot_download(base, revision=model.revision, allow_patterns=['config.json'])).name}"
+    digest = hashlib.sha256()
+    for path in code:
+        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
     for path in weights:
         size_bytes = path.stat().st_size
         digest.update(f"{path.name} {size_bytes}".encode())
@@ -121,8 +129,7 @@ def fingerprint_base(base: str, model: ModelBlock) -> str:
 def check_adapter_fits(base: str, recipe: Recipe) -> None:
     """Find a misspelt target before the weights are read, on a model without weights, and that they can be quantised.
 
-    Targets are skipped for remote code, whose modules are only known once it runs; `add_adapter` checks them again in
-    any case. Of a factory's model the names and shapes of the weights are compared as well.
+    Of a factory's model the names and shapes of the weights are compared as well. `add_adapter` checks again.
     """
     if recipe.model.factory is not None:
         skeleton = factory.build_skeleton(recipe.model.factory)
@@ -136,14 +143,27 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
         return
     if recipe.model.load_in_4bit:
         check_usable()
-    if recipe.model.trust_remote_code:
-        return
-    config = AutoConfig.from_pretrained(base, revision=recipe.model.revision)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    settings = recipe.model
+    config = _config(base, settings)
+    reference = _auto_map(config).get(loading_class(config.model_type, _auto_map(config)))
+    if settings.trust_remote_code and reference:
+        with _loading(f"The base model {base}", settings):
+            model_class = get_class_from_dynamic_module(reference, base, revision=settings.revision)
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    else:
         raise ModelError(f"{base} is a {type(config).__name__}, for which transformers has no causal language model.")
-    with torch.device("meta"):  # the class itself: from_config would partition it under ZeRO-3
-        skeleton = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    any_token = {0}  # which ones are added is known once the tokenizer is there, and checked again by add_adapter
+    try:
+        with torch.device("meta"):  # the class itself: from_config would partition it under ZeRO-3
+            skeleton = model_class(config)
+    except Exception as error:
+        if not reference:
+            raise
+        # Nobody knows what remote code does when it is made; it may want values, which a meta tensor has not.
+        note = f"{model_class.__name__} cannot be made without weights, so its targets are checked with them"
+        print(f"{note}: {type(error).__name__}: {_first_line(error)}", file=sys.stderr, flush=True)
+        return
+    any_token = {0}  # which ones are added is known once the tokenizer is there
     check_targets(skeleton, with_token_ids(recipe.adapter, any_token))
 
 
@@ -156,8 +176,10 @@ def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
     if model.factory is not None:
         return factory.build_filled(model.factory, Path(base), dtype)
     quantised = {"quantization_config": quantisation(model, dtype)} if model.load_in_4bit else {}
-    try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
+    config = _config(base, model)
+    loader = getattr(transformers, loading_class(config.model_type, _auto_map(config)))
+    with _loading(f"The base model {base}", model):
+        loaded, found = loader.from_pretrained(
             base,
             output_loading_info=True,
             revision=model.revision,
@@ -166,8 +188,6 @@ def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
             attn_implementation=model.attn_implementation,
             **quantised,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"The base model {base} cannot be loaded: {_first_line(error)}") from None
     for fault in ("missing_keys", "mismatched_keys"):
         if found[fault]:
             name = sorted(map(str, found[fault]))[0]
@@ -186,6 +206,19 @@ def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
     return loaded
 
 
+def enable_gradient_checkpointing(model: PeftModel) -> None:
+    """Compute activations again in the backward pass. Raises ModelError when the model does not do that.
+
+    transformers also makes the embeddings' output need a gradient: remote code has the reentrant kind of checkpointing,
+    under which layers whose inputs need none, as behind a frozen embedding, would get none themselves.
+    """
+    base = model.get_base_model()
+    try:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(f"{_first_line(error)[:-1]}; set train.gradient_checkpointing to false.") from None
+
+
 def serving_generation_config(model: torch.nn.Module, end_token_ids: list[int]) -> GenerationConfig:
     """The base's generation config with the trained end tokens added to those that stop."""
     base_config = getattr(model, "generation_config", None)
@@ -197,6 +230,38 @@ def serving_generation_config(model: torch.nn.Module, end_token_ids: list[int]) 
     )
     config.eos_token_id = sorted({*end_token_ids, *(stop for stop in stops if stop is not None)})
     return config
+
+
+@contextmanager
+def _loading(what: str, model: ModelBlock) -> Iterator[None]:
+    """Makes a ModelError of what loading raises, of remote code whatever that raises."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        if "does not support an attention implementation" in str(error):
+            attention = model.attn_implementation
+            raise ModelError(f"{what} has no {attention} attention; set model.attn_implementation to eager.") from None
+        raise ModelError(f"{what} cannot be loaded: {_first_line(error)}") from None
+    except Exception as error:
+        if not model.trust_remote_code or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            f"{what} cannot be loaded: its own code failed with {type(error).__name__}: {_first_line(error)[:-1]}; it "
+            f"may have been written for another version than transformers {transformers.__version__}."
+        ) from error
+
+
+def _config(base: str, model: ModelBlock) -> PretrainedConfig:
+    """Never None for trust_remote_code: transformers would ask on the terminal."""
+    with _loading(f"config.json of {base}", model):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            base, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    return config
+
+
+def _auto_map(config: PretrainedConfig) -> dict[str, str]:
+    return getattr(config, "auto_map", None) or {}
 
 
 def _first_line(error: BaseException) -> str:

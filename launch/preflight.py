@@ -3,11 +3,12 @@
 import importlib.util
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from launch.errors import ConfigError, ModelError
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
+from launch.remote_code import check_remote_code
 
 # The trackers of accelerate 1.15 and the package that each one needs.
 TRACKERS = {
@@ -34,7 +35,10 @@ def check(recipe: Recipe) -> None:
 
 
 def check_model(model: ModelBlock) -> None:
-    """The base model exists: a directory with a config.json, or a hub id whose config.json can be had."""
+    """The base model exists: a directory with a config.json, or a hub id whose config.json can be had.
+
+    What it needs of code of its own may run, or is refused.
+    """
     name = model.name_or_path
     if name == TINY_MODEL_NAME:
         return
@@ -47,15 +51,20 @@ def check_model(model: ModelBlock) -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model.name_or_path = {name} is a directory without a config.json.")
+        check_remote_code(model, path, None)
         return
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"model.name_or_path = {name} does not exist; give a directory, a hub id (owner/name) or {TINY_MODEL_NAME}."
         )
     try:
-        hf_hub_download(name, "config.json", revision=model.revision)
+        files = ["config.json", "tokenizer_config.json"]
+        snapshot = Path(snapshot_download(name, revision=model.revision, allow_patterns=files))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ModelError(
             f"model.name_or_path = {name} is no directory here and cannot be had from the hub: {reason}."
         ) from None
+    if not (snapshot / "config.json").is_file():
+        raise ModelError(f"model.name_or_path = {name} is on the hub, but without a config.json.")
+    check_remote_code(model, snapshot, snapshot.name)  # a snapshot is named after its commit

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 import tempfile
 import traceback
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import train
 from launch import runs
@@ -88,6 +91,34 @@ def build_base(
         )
     model.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
+    return directory
+
+
+def build_remote_base(directory: Path, texts: list[str]) -> Path:
+    """A random model whose code, tests/remote_code, transformers does not have, with a slow SentencePiece tokenizer."""
+    shutil.copytree(ROOT / "tests" / "remote_code", directory, ignore=shutil.ignore_patterns("__pycache__"))
+    with (directory / "tokenizer.model").open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=2000,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            character_coverage=0.98,
+            minloglevel=2,
+        )
+    classes = {"AutoTokenizer": ["tokenization_tiny.TinyTokenizer", None]}
+    tokenizer = {"tokenizer_class": "TinyTokenizer", "auto_map": classes}
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    classes = {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"}
+    model_class = get_class_from_dynamic_module("modeling_tiny.TinyForCausalLM", str(directory))
+    vocab_size = SentencePieceProcessor(model_file=str(directory / "tokenizer.model")).get_piece_size()
+    torch.manual_seed(0)
+    config = model_class.config_class(vocab_size=vocab_size, bos_token_id=1, eos_token_id=2, auto_map=classes)
+    model_class(config).save_pretrained(str(directory))
     return directory
 
 

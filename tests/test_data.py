@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from launch import data as preparing
 from launch import rows as reading
-from launch.data import Prepared, first_conversations, prepare
+from launch.data import Prepared, conversations, prepare
 from launch.data_report import check_report
 from launch.errors import DataError, TemplateError
 from launch.formats import RowFormat
@@ -597,7 +598,7 @@ def test_samples_are_mapped_and_selected(tmp_path: Path, base: Path) -> None:
 
 def test_the_first_rows_for_a_preview(tmp_path: Path, base: Path) -> None:
     path = write(tmp_path / "a.jsonl", [GOOD, {"input": "a", "output": ""}, GOOD])
-    found = list(first_conversations(recipe(base, path), 2))
+    found = list(islice(conversations(recipe(base, path)), 2))
     assert [row_id for row_id, _ in found] == ["a.jsonl:1", "a.jsonl:2"]
     assert found[1][1].reason == "empty answer"
 

@@ -1,7 +1,9 @@
 """The command of the README: it learns, merges, and what it merged answers questions it has not seen."""
 
 import json
+import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +68,12 @@ def test_the_merged_model_answers_held_out_rows(demo: tuple[Path, str]) -> None:
     share = sum(right) / len(right)
     print(f"{sum(right)} of {len(right)} held-out answers are right, {share:.0%}")
     assert share >= 0.8
+
+
+def test_generate_shows_what_it_learned(demo: tuple[Path, str]) -> None:
+    directory, _ = demo
+    command = [sys.executable, "-m", "launch", "generate", f"run.output_dir={directory.parent}", "--rows", "8"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    answers = [re.findall(r"^  (?:answer|reference) +(.*)$", part, re.MULTILINE) for part in out.split("── ")[1:]]
+    assert len(answers) == 8
+    assert sum(answer == reference for answer, reference in answers) >= 6

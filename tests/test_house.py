@@ -16,7 +16,7 @@ HOUSE = Path(__file__).resolve().parent.parent
 # A module imports only from the rows above its own.
 LAYERS = (
     "launch launch.errors launch.table launch.recipe metrics metrics.tokens",
-    "launch.config launch.plan launch.runs launch.preemption launch.batching launch.samples",
+    "launch.config launch.plan launch.runs launch.preemption launch.batching launch.samples launch.remote_code",
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",
     "launch.formats launch.tokens",
     "launch.ledger",
@@ -25,7 +25,7 @@ LAYERS = (
     "launch.tiny launch.quantisation launch.adapter launch.engine launch.packing launch.report",
     "launch.factory",
     "launch.model",
-    "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
+    "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter launch.generate",
     "train launch.__main__",
 )
 NUM_LIGHT_LAYERS = 7  # these start fast on a login node

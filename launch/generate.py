@@ -1,0 +1,140 @@
+"""What a finished run has learned: answers to held-out rows beside the rows' own."""
+
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel
+
+from launch import engine as engines
+from launch import preflight, runs
+from launch.data import conversations
+from launch.errors import DataError, PreflightError
+from launch.formats import BadRowError, Conversation
+from launch.ledger import Work, render
+from launch.model import choose_template, load_base, load_tokenizer, resolve_base, serving_generation_config
+from launch.recipe import Recipe
+from launch.remote_code import check_remote_code
+from launch.tokens import special_pattern, tokenise
+
+COLUMNS = 80
+_SHOWN_OF_PROMPT = 200  # characters
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row: the prompt, what the model says, what the row says."""
+
+    row_id: str
+    model: str  # what answered
+    prompt: str
+    answer: str
+    reference: str
+
+    def as_text(self) -> str:
+        """For a terminal; of a long prompt, the end."""
+        tail = self.prompt[-_SHOWN_OF_PROMPT:]
+        prompt = tail if tail == self.prompt else f"...{tail}"
+        parts = (("prompt", prompt), ("answer", self.answer), ("reference", self.reference))
+        lines = [f"── {self.row_id}: {self.model}", *(line for name, text in parts for line in _lines(name, text))]
+        return "\n".join(lines) + "\n"
+
+
+def answers(recipe: Recipe, num_rows: int, max_new_tokens: int) -> Iterator[Answer]:
+    """Greedy answers of the merged model, or of base and adapter, to the first held-out rows, or the first of all.
+
+    The prompt is what training has before a row's last answer, token by token, and the token that ended answers there
+    ends them here. Raises PreflightError when the run has no adapter yet, or was one with another template.
+    """
+    directory = recipe.run_directory
+    if not (directory / "adapter").is_dir():
+        state = runs.read_status(directory).get("state", "not started")
+        raise PreflightError(
+            f"The run in {directory} has no finished adapter (it is {state}); run train.py to its end."
+        )
+    if (directory / "merged").is_dir():
+        check_remote_code(recipe.model, directory / "merged", None)
+    else:
+        preflight.check_model(recipe.model)
+    engines.quiet_libraries()
+    tokenizer = load_tokenizer(str(directory / "adapter"), recipe.model)
+    template = choose_template(recipe.data.template, tokenizer)
+    if template.for_serving != tokenizer.chat_template:
+        raise PreflightError(
+            f"The run in {directory} was trained with another template than data.template = {recipe.data.template}; "
+            "give the recipe that it was run with."
+        )
+    work = Work(recipe.data, {}, template, tokenizer, special_pattern(tokenizer))
+    model, name = _load(recipe)
+    for row_id, conversation in _chosen(recipe, num_rows):
+        rendered = render(conversation, work, row_id)
+        is_last = [False] * (len(rendered.answers) - 1) + [True]
+        (tokens,) = tokenise([rendered], [is_last], tokenizer)
+        ids, first = tokens.ids.tolist(), int(tokens.is_trained.argmax())
+        end = tokens.answer_ends[-1]
+        made = _generate(model, ids[:first], ids[end], max_new_tokens, use_cache=not recipe.model.trust_remote_code)
+        is_cut = len(made) == max_new_tokens and made[-1] != ids[end]
+        texts = (tokenizer.decode(part, skip_special_tokens=True) for part in (made, ids[first : end + 1]))
+        answer, reference = (text.strip() for text in texts)
+        prompt = rendered.text[: rendered.answers[-1][0]]
+        yield Answer(row_id, name, prompt, answer + "..." if is_cut else answer, reference)
+
+
+def _load(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, str]:
+    """(the model on its device, what it is)."""
+    precision, _ = engines.choose_precision(recipe.train.precision)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    merged, adapter = recipe.run_directory / "merged", recipe.run_directory / "adapter"
+    if merged.is_dir():
+        model, name = load_base(str(merged), recipe.model, precision), "merged model"
+    else:
+        base = load_base(resolve_base(recipe), recipe.model, precision)
+        model, name = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False), "base and adapter"
+    return model.to(device).eval(), f"{name}, {precision} on {device.type}"
+
+
+def _chosen(recipe: Recipe, num_rows: int) -> list[tuple[str, Conversation]]:
+    """The first held-out rows; the first rows where none is held out. Raises DataError for one that is gone."""
+    names = (recipe.run_directory / "evaluation_rows.txt").read_text(encoding="utf-8").splitlines()[:num_rows]
+    usable = ((row_id, found) for row_id, found in conversations(recipe) if not isinstance(found, BadRowError))
+    chosen = list(islice((pair for pair in usable if not names or pair[0] in names), len(names) or num_rows))
+    gone = set(names) - {row_id for row_id, _ in chosen}
+    if gone:
+        raise DataError(f"{min(gone)} was held out by the run and is not among its rows any more; give them back.")
+    return chosen
+
+
+@torch.no_grad()
+def _generate(
+    model: PreTrainedModel | PeftModel, prompt: list[int], end_token: int, max_new_tokens: int, *, use_cache: bool
+) -> list[int]:
+    """The new token ids, the end token included.
+
+    Published remote code often knows a cache of tuples only, which transformers no longer makes.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    stops = serving_generation_config(base, [end_token]).eos_token_id
+    base.generation_config = GenerationConfig(  # the whole of it: generate() would add from the model's own
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=end_token, use_cache=use_cache
+    )
+    ids = torch.tensor([prompt], device=base.device)
+    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return [int(token) for token in made[0, len(prompt) :]]
+
+
+def _lines(name: str, text: str) -> Iterator[str]:
+    """The text beside its name, and under itself; a Chinese character is two columns wide, none moves the cursor."""
+    indent = f"  {name}".ljust(14)
+    for paragraph in text.expandtabs(4).split("\n"):
+        line, width = indent, len(indent)
+        for character in (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in paragraph):
+            wide = 1 + (unicodedata.east_asian_width(character) in "WF")
+            if width + wide > COLUMNS:
+                yield line.rstrip()
+                line, width = " " * len(indent), len(indent)
+            line, width = line + character, width + wide
+        yield line.rstrip()
+        indent = " " * len(indent)
