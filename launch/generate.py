@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from launch import engine as engines
 from launch import preflight, runs
@@ -15,10 +15,18 @@ from launch.data import conversations
 from launch.errors import DataError, PreflightError
 from launch.formats import BadRowError, Conversation
 from launch.ledger import Work, render
-from launch.model import choose_template, load_base, load_tokenizer, resolve_base, serving_generation_config
+from launch.model import (
+    added_token_ids,
+    choose_template,
+    load_base,
+    load_tokenizer,
+    resolve_base,
+    serving_generation_config,
+)
 from launch.recipe import Recipe
 from launch.remote_code import check_remote_code
 from launch.tokens import special_pattern, tokenise
+from launch.vocabulary import fit_vocabulary
 
 COLUMNS = 80
 _SHOWN_OF_PROMPT = 200  # characters
@@ -50,6 +58,11 @@ def answers(recipe: Recipe, num_rows: int, max_new_tokens: int) -> Iterator[Answ
     ends them here. Raises PreflightError when the run has no adapter yet, or was one with another template.
     """
     directory = recipe.run_directory
+    if recipe.model.factory is not None:
+        raise PreflightError(
+            "launch generate is for models of transformers, which have a generate(); fill the module of your "
+            f"model.factory from {directory / 'merged' / 'model.pth'} and call it."
+        )
     if not (directory / "adapter").is_dir():
         state = runs.read_status(directory).get("state", "not started")
         raise PreflightError(
@@ -68,7 +81,7 @@ def answers(recipe: Recipe, num_rows: int, max_new_tokens: int) -> Iterator[Answ
             "give the recipe that it was run with."
         )
     work = Work(recipe.data, {}, template, tokenizer, special_pattern(tokenizer))
-    model, name = _load(recipe)
+    model, name = _load(recipe, tokenizer)
     for row_id, conversation in _chosen(recipe, num_rows):
         rendered = render(conversation, work, row_id)
         is_last = [False] * (len(rendered.answers) - 1) + [True]
@@ -83,15 +96,18 @@ def answers(recipe: Recipe, num_rows: int, max_new_tokens: int) -> Iterator[Answ
         yield Answer(row_id, name, prompt, answer + "..." if is_cut else answer, reference)
 
 
-def _load(recipe: Recipe) -> tuple[PreTrainedModel | PeftModel, str]:
+def _load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel | PeftModel, str]:
     """(the model on its device, what it is)."""
     precision, _ = engines.choose_precision(recipe.train.precision)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     merged, adapter = recipe.run_directory / "merged", recipe.run_directory / "adapter"
     if merged.is_dir():
-        model, name = load_base(str(merged), recipe.model, precision), "merged model"
+        settings = recipe.model.model_copy(update={"load_in_4bit": False})
+        model, name = load_base(str(merged), settings, precision), "merged model"
     else:
-        base = load_base(resolve_base(recipe), recipe.model, precision)
+        path = resolve_base(recipe)
+        base = load_base(path, recipe.model, precision)
+        fit_vocabulary(base, tokenizer, added_token_ids(tokenizer, path, recipe.model), recipe.model)
         model, name = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False), "base and adapter"
     return model.to(device).eval(), f"{name}, {precision} on {device.type}"
 

@@ -25,7 +25,8 @@ LAYERS = (
     "launch.tiny launch.quantisation launch.adapter launch.engine launch.packing launch.report",
     "launch.factory",
     "launch.model",
-    "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter launch.generate",
+    "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
+    "launch.generate",
     "train launch.__main__",
 )
 NUM_LIGHT_LAYERS = 7  # these start fast on a login node

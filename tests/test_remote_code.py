@@ -23,7 +23,7 @@ from launch.adapter import add_adapter
 from launch.config import load_recipe
 from launch.errors import ModelError
 from launch.model import enable_gradient_checkpointing, fingerprint_base, load_base
-from launch.packing import batch_loss, collate, selects_logits
+from launch.packing import batch_loss, collate, forward_arguments
 from launch.preflight import check_model
 from launch.recipe import ModelBlock
 from launch.remote_code import check_remote_code, loading_class
@@ -61,7 +61,7 @@ def our_gradients(path: Path, checkpointing: bool) -> tuple[dict[str, np.ndarray
     base.model.layers[1].register_forward_hook(lambda *given: passes.append(1))
     for index, micro_batch in enumerate(mine):
         batch = collate(samples, micro_batch, accelerator.device, packed=False)
-        loss, _ = batch_loss(engine, batch, select=selects_logits(base))
+        loss, _ = batch_loss(engine, batch, accepts=forward_arguments(base))
         engines.backward(engine, loss / int(samples.num_trained[ids].sum()), is_last=index == len(mine) - 1)
     gradients = {name: safe_get_full_grad(p).numpy().copy() for name, p in engines.trainable_parameters(engine)}
     return gradients, len(passes) / len(mine)
