@@ -34,7 +34,7 @@ from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.data import prepare
 from launch.data_report import outcomes_line
-from launch.errors import DataError, LaunchError
+from launch.errors import DataError, LaunchError, TrainingError
 from launch.model import (
     DTYPES,
     check_adapter_fits,
@@ -48,6 +48,7 @@ from launch.packing import batch_loss, choose_packing, collate, forward_argument
 from launch.recipe import Recipe
 from launch.report import RunLog
 from launch.samples import Samples
+from launch.saving import Saves
 from launch.table import format_bytes, format_table
 from metrics.tokens import TokenCounts, counts_from_sums
 
@@ -163,7 +164,7 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
     num_trained = job.samples.num_trained
     first_step = checkpoint.step if checkpoint else 0
     skipped_steps = int(checkpoint.state["skipped_steps"]) if checkpoint else 0
-    saved_step = first_step
+    bad_steps = 0  # in a row
     log = RunLog(
         recipe.run_directory,
         job.accelerator,
@@ -172,34 +173,51 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
         logging_steps=settings.logging_steps,
     )
 
+    saves = Saves(
+        recipe.run_directory,
+        engine,
+        job.model,
+        job.tokenizer,
+        log,
+        settings,
+        facts={"identity": job.identity, "versions": versions()},
+        first_step=first_step,
+        max_failed_saves=recipe.run.max_failed_saves,
+    )
     held_out_batches = job.micro_batches(job.held_out, range(len(job.held_out)))
 
-    def evaluate_if_due(done: int) -> None:
+    def save(done: int) -> None:
+        best = runs.best_step(evaluations, settings.metric_for_best_model) if settings.load_best_model_at_end else None
+        saves.save(done, skipped_steps=skipped_steps, best_step=best)
+
+    def evaluate_if_due(done: int) -> bool:
+        """False when the run was asked to stop in the meantime; the next start makes up for it."""
         is_due = done in (0, job.total_steps) or (settings.eval_steps and done % settings.eval_steps == 0)
         if not is_due or done <= max((record["step"] for record in evaluations), default=-1):
-            return
-        counts, seconds = evaluate(job, held_out_batches)
+            return True
+        found = evaluate(job, held_out_batches)
+        if found is None:
+            return False
+        counts, seconds = found
         log.evaluation(done, counts, seconds)
         evaluations.append({"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy})
-        if settings.load_best_model_at_end and best_step() == done:
+        if settings.load_best_model_at_end and runs.best_step(evaluations, settings.metric_for_best_model) == done:
             save(done)
+        return True
 
-    def best_step() -> int | None:
-        return runs.best_step(evaluations, settings.metric_for_best_model)
-
-    def save(done: int) -> None:
-        nonlocal saved_step  # known on every rank: saving is a collective
-        if done == saved_step:
-            return
-        saved_step = done
-        facts = {"step": done, "skipped_steps": skipped_steps, "identity": job.identity, "versions": versions()}
-        keep, best = settings.save_total_limit, best_step() if settings.load_best_model_at_end else None
-        checkpoints.save_checkpoint(
-            recipe.run_directory, engine, job.model, job.tokenizer, facts, keep=keep, best_step=best
-        )
+    def stopped_after(done: int) -> bool:
+        save(done)
+        saves.finish()
+        log.close()
+        if job.accelerator.is_main_process:
+            kept = f"step {done} is saved" if done else "there was nothing to save"
+            runs.write_status(recipe.run_directory, "preempted", f"asked to stop; {kept}", step=done)
+            log.say(f"Stopped after step {done}: {kept}. The same command continues from there.")
+        return False
 
     preemption.remember_signals()
-    evaluate_if_due(first_step)  # 0, or what the stop left out
+    if not evaluate_if_due(first_step):  # 0, or what a stop left out
+        return stopped_after(first_step)
     for step in range(first_step, job.total_steps):
         # ==== one optimizer step ======================================================================================
         ids = batching.step_samples(
@@ -207,7 +225,7 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
         )
         tokens_in_step = int(num_trained[ids].sum())  # over all ranks, which is known without asking them
         torch.manual_seed(batching.step_seed(settings.seed, step, dist.get_rank()))
-        sums = torch.zeros(5, dtype=torch.float64, device=job.accelerator.device)
+        sums = torch.zeros(6, dtype=torch.float64, device=job.accelerator.device)
         micro_batches = job.micro_batches(job.samples, ids)
         for index, micro_batch in enumerate(micro_batches):
             loss_sum, micro_sums, num_cells = job.loss(job.samples, micro_batch)
@@ -216,11 +234,11 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
             sums[3] += num_cells
         learning_rate = learning_rate_at(step)
         gradient_norm, skipped = engines.step(engine, learning_rate)
-        sums[4] = preemption.stop_requested()
-        dist.all_reduce(sums)  # [loss sum, correct, tokens, cells, ranks that were asked to stop]
+        sums[4], sums[5] = preemption.stop_requested(), saves.is_due_by_the_clock()
+        dist.all_reduce(sums)  # [loss sum, correct, tokens, cells, ranks that were asked to stop, a save is due]
         # ==============================================================================================================
         done = step + 1
-        is_last, stop = done == job.total_steps, bool(sums[4] > 0)
+        is_last, stop, save_is_due = done == job.total_steps, bool(sums[4] > 0), bool(sums[5] > 0)
         skipped_steps += skipped
         log.step(
             done,
@@ -232,16 +250,21 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
             loss_scale=engines.loss_scale(engine),
             is_last=is_last or stop,
         )
-        if is_last or stop or done % settings.save_steps == 0:
-            save(done)
+        bad_steps = bad_steps + 1 if skipped else 0
+        if bad_steps >= settings.max_bad_steps:
+            saves.finish()
+            raise TrainingError(
+                f"The last {bad_steps} steps were skipped, since their gradients were not finite; lower "
+                f"train.learning_rate, look at the rows, or raise train.max_bad_steps. {saves.good_step} is the last "
+                "saved step."
+            )
         if stop:
-            log.close()
-            if job.accelerator.is_main_process:
-                reason = f"asked to stop; step {done} is saved"
-                runs.write_status(recipe.run_directory, "preempted", reason, step=done)
-                log.say(f"Stopped after step {done}, which is saved. The same command continues from there.")
-            return False
-        evaluate_if_due(done)
+            return stopped_after(done)
+        if is_last or save_is_due or done % settings.save_steps == 0:
+            save(done)
+        if not evaluate_if_due(done):
+            return stopped_after(done)
+    saves.finish()
     log.close()
     preemption.forget_signals()  # all is saved: what is left can be done again
     return True
@@ -265,16 +288,25 @@ def use_chosen_step(job: "Job", evaluations: Sequence[Mapping[str, Any]]) -> int
 
 
 @torch.no_grad()
-def evaluate(job: "Job", micro_batches: Sequence[batching.MicroBatch]) -> tuple[TokenCounts, float]:
-    """(counts over the held-out samples, seconds); the counts are the same for any ranks and any packing."""
+def evaluate(job: "Job", micro_batches: Sequence[batching.MicroBatch]) -> tuple[TokenCounts, float] | None:
+    """(counts over the held-out samples, seconds); the counts are the same for any ranks and any packing.
+
+    None when a rank was asked to stop.
+    """
     start = time.monotonic()
     job.engine.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=job.accelerator.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=job.accelerator.device)
     for micro_batch in micro_batches:
-        sums += job.loss(job.held_out, micro_batch)[1]
+        sums[:3] += job.loss(job.held_out, micro_batch)[1]
+        sums[3] += preemption.stop_requested()
+        asked = sums[3].clone()
+        dist.all_reduce(asked)  # ranks agree after each micro-batch, of which all have as many
+        if asked > 0:
+            job.engine.train()
+            return None
     dist.all_reduce(sums)
     job.engine.train()
-    return counts_from_sums(sums), time.monotonic() - start
+    return counts_from_sums(sums[:3]), time.monotonic() - start
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,16 @@ class RunLog:
         )
         self._since += seconds  # evaluation is not training time
 
+    def saving(self, done: int, stall_seconds: float) -> None:
+        """A checkpoint has been gathered; the training stood still for so long."""
+        self._write("save", done, {"stall_seconds": stall_seconds})
+
+    def written(self, done: int, seconds: float, fault: str) -> None:
+        """What became of a checkpoint that was written beside the training."""
+        if fault:
+            self.say(f"save {done:>{len(str(self.total_steps))}}/{self.total_steps}  failed: {fault}; training goes on")
+        self._write("failed save" if fault else "written", done, {"seconds": seconds})
+
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.is_rank_zero:

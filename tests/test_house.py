@@ -24,6 +24,7 @@ LAYERS = (
     "launch.data launch.data_page",
     "launch.tiny launch.model launch.factory launch.adapter launch.engine launch.packing launch.report",
     "launch.checkpoint launch.merge",
+    "launch.saving",
     "train launch.__main__",
 )
 NUM_LIGHT_LAYERS = 7  # these start fast on a login node
