@@ -72,6 +72,8 @@ def main(arguments: Sequence[str]) -> int:
         with runs.open_run(directory) if is_rank_zero else nullcontext():
             if is_rank_zero:
                 runs.write_status(directory, "starting", "the job has started", pid=os.getpid())
+                word = "asked to stop before the first step; there was nothing to save yet"
+                preemption.end_when_asked(lambda: runs.write_status(directory, "preempted", word))
                 preflight.check(recipe)
             train(recipe)
         return 0
@@ -210,9 +212,9 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
         saves.finish()
         log.close()
         if job.accelerator.is_main_process:
-            kept = f"step {done} is saved" if done else "there was nothing to save"
+            kept = f"step {done} is saved" if done else "there was nothing to save yet"
             runs.write_status(recipe.run_directory, "preempted", f"asked to stop; {kept}", step=done)
-            log.say(f"Stopped after step {done}: {kept}. The same command continues from there.")
+            log.say(f"Stopped: {kept}. The same command continues from there.")
         return False
 
     preemption.remember_signals()

@@ -128,7 +128,10 @@ class RunLog:
 
     def _write(self, kind: str, done: int, record: Mapping[str, float | int | None]) -> None:
         if self.is_rank_zero:
-            runs.append_metrics(self.directory, {"kind": kind, "step": done, **record})
+            try:
+                runs.append_metrics(self.directory, {"kind": kind, "step": done, **record})
+            except OSError as error:  # no reason to lose the training, which does not read it
+                self.say(f"metrics.jsonl cannot be written: {error.strerror}; the figures of step {done} are lost")
         self.accelerator.log({f"{kind}/{name}": value for name, value in record.items()}, step=done)
 
 
