@@ -8,7 +8,6 @@ The same command again continues where the run stopped.
 import functools
 import importlib.util
 import json
-import math
 import os
 import platform
 import signal
@@ -16,26 +15,24 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
 
 from launch import batching, preemption, preflight, runs
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import merge as merging
-from launch.adapter import add_adapter, trained_kinds, with_token_ids
+from launch.adapter import add_adapter, with_token_ids
 from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.data import prepare
 from launch.data_report import outcomes_line
-from launch.errors import DataError, LaunchError
+from launch.errors import DataError, LaunchError, TrainingError
+from launch.job import Job, evaluate
 from launch.model import (
     DTYPES,
     added_token_ids,
@@ -47,21 +44,17 @@ from launch.model import (
     serving_generation_config,
     tokenizer_and_template,
 )
-from launch.packing import batch_loss, choose_packing, collate, forward_arguments
-from launch.quantisation import quantised_line
+from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
-from launch.report import RunLog
+from launch.report import RunLog, closing_lines, start_up_banner
 from launch.samples import Samples
+from launch.saving import Saves
 from launch.starting_adapter import fingerprint_starting_adapter, start_from
-from launch.table import format_bytes, format_table
 from launch.vocabulary import check_added_are_trained, fit_vocabulary, load_unquantised
-from metrics.tokens import TokenCounts, counts_from_sums
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    pass
 
-FLAGSHIP = "configs/recipes/qwen1.5-14b-lora.yaml"
-LAUNCH_COMMAND = "accelerate launch --config_file configs/accelerate/zero3.yaml train.py"
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
 
@@ -80,6 +73,8 @@ def main(arguments: Sequence[str]) -> int:
         with runs.open_run(directory) if is_rank_zero else nullcontext():
             if is_rank_zero:
                 runs.write_status(directory, "starting", "the job has started", pid=os.getpid())
+                word = "asked to stop before the first step; there was nothing to save yet"
+                preemption.end_when_asked(lambda: runs.write_status(directory, "preempted", word))
                 preflight.check(recipe)
             train(recipe)
         return 0
@@ -140,7 +135,8 @@ def train(recipe: Recipe) -> None:
     accepts = forward_arguments(base)
     job = Job(recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, found["identity"])
     if accelerator.is_main_process:
-        banner = start_up_banner(job, f"{precision}: {precision_reason}", found["rows"], packing, checkpoint)
+        resumed_after = checkpoint.step if checkpoint else None
+        banner = start_up_banner(job, f"{precision}: {precision_reason}", found["rows"], packing, resumed_after)
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     accelerator.init_trackers(recipe.run.name)
@@ -169,7 +165,7 @@ def train(recipe: Recipe) -> None:
         print(closing_lines(recipe), flush=True)
 
 
-def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[dict[str, Any]]) -> bool:
+def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[dict[str, Any]]) -> bool:
     """Every step that is left. False when the run was asked to stop; all is saved either way.
 
     `evaluations` are those that metrics.jsonl holds; what is evaluated is added.
@@ -179,7 +175,7 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
     num_trained = job.samples.num_trained
     first_step = checkpoint.step if checkpoint else 0
     skipped_steps = int(checkpoint.state["skipped_steps"]) if checkpoint else 0
-    saved_step = first_step
+    bad_steps = 0  # in a row
     log = RunLog(
         recipe.run_directory,
         job.accelerator,
@@ -188,34 +184,51 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
         logging_steps=settings.logging_steps,
     )
 
+    saves = Saves(
+        recipe.run_directory,
+        engine,
+        job.model,
+        job.tokenizer,
+        log,
+        settings,
+        facts={"identity": job.identity, "versions": versions()},
+        first_step=first_step,
+        max_failed_saves=recipe.run.max_failed_saves,
+    )
     held_out_batches = job.micro_batches(job.held_out, range(len(job.held_out)))
 
-    def evaluate_if_due(done: int) -> None:
+    def save(done: int) -> None:
+        best = runs.best_step(evaluations, settings.metric_for_best_model) if settings.load_best_model_at_end else None
+        saves.save(done, skipped_steps=skipped_steps, best_step=best)
+
+    def evaluate_if_due(done: int) -> bool:
+        """False when the run was asked to stop in the meantime; the next start makes up for it."""
         is_due = done in (0, job.total_steps) or (settings.eval_steps and done % settings.eval_steps == 0)
         if not is_due or done <= max((record["step"] for record in evaluations), default=-1):
-            return
-        counts, seconds = evaluate(job, held_out_batches)
+            return True
+        found = evaluate(job, held_out_batches)
+        if found is None:
+            return False
+        counts, seconds = found
         log.evaluation(done, counts, seconds)
         evaluations.append({"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy})
-        if settings.load_best_model_at_end and best_step() == done:
+        if settings.load_best_model_at_end and runs.best_step(evaluations, settings.metric_for_best_model) == done:
             save(done)
+        return True
 
-    def best_step() -> int | None:
-        return runs.best_step(evaluations, settings.metric_for_best_model)
-
-    def save(done: int) -> None:
-        nonlocal saved_step  # known on every rank: saving is a collective
-        if done == saved_step:
-            return
-        saved_step = done
-        facts = {"step": done, "skipped_steps": skipped_steps, "identity": job.identity, "versions": versions()}
-        keep, best = settings.save_total_limit, best_step() if settings.load_best_model_at_end else None
-        checkpoints.save_checkpoint(
-            recipe.run_directory, engine, job.model, job.tokenizer, facts, keep=keep, best_step=best
-        )
+    def stopped_after(done: int) -> bool:
+        save(done)
+        saves.finish()
+        log.close()
+        if job.accelerator.is_main_process:
+            kept = f"step {done} is saved" if done else "there was nothing to save yet"
+            runs.write_status(recipe.run_directory, "preempted", f"asked to stop; {kept}", step=done)
+            log.say(f"Stopped: {kept}. The same command continues from there.")
+        return False
 
     preemption.remember_signals()
-    evaluate_if_due(first_step)  # 0, or what the stop left out
+    if not evaluate_if_due(first_step):  # 0, or what a stop left out
+        return stopped_after(first_step)
     for step in range(first_step, job.total_steps):
         # ==== one optimizer step ======================================================================================
         ids = batching.step_samples(
@@ -223,7 +236,7 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
         )
         tokens_in_step = int(num_trained[ids].sum())  # over all ranks, which is known without asking them
         torch.manual_seed(batching.step_seed(settings.seed, step, dist.get_rank()))
-        sums = torch.zeros(5, dtype=torch.float64, device=job.accelerator.device)
+        sums = torch.zeros(6, dtype=torch.float64, device=job.accelerator.device)
         micro_batches = job.micro_batches(job.samples, ids)
         for index, micro_batch in enumerate(micro_batches):
             loss_sum, micro_sums, num_cells = job.loss(job.samples, micro_batch)
@@ -232,11 +245,11 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
             sums[3] += num_cells
         learning_rate = learning_rate_at(step)
         gradient_norm, skipped = engines.step(engine, learning_rate)
-        sums[4] = preemption.stop_requested()
-        dist.all_reduce(sums)  # [loss sum, correct, tokens, cells, ranks that were asked to stop]
+        sums[4], sums[5] = preemption.stop_requested(), saves.is_due_by_the_clock()
+        dist.all_reduce(sums)  # [loss sum, correct, tokens, cells, ranks that were asked to stop, a save is due]
         # ==============================================================================================================
         done = step + 1
-        is_last, stop = done == job.total_steps, bool(sums[4] > 0)
+        is_last, stop, save_is_due = done == job.total_steps, bool(sums[4] > 0), bool(sums[5] > 0)
         skipped_steps += skipped
         log.step(
             done,
@@ -248,22 +261,27 @@ def optimizer_steps(job: "Job", checkpoint: Resumable | None, evaluations: list[
             loss_scale=engines.loss_scale(engine),
             is_last=is_last or stop,
         )
-        if is_last or stop or done % settings.save_steps == 0:
-            save(done)
+        bad_steps = bad_steps + 1 if skipped else 0
+        if bad_steps >= settings.max_bad_steps:
+            saves.finish()
+            raise TrainingError(
+                f"The last {bad_steps} steps were skipped, since their gradients were not finite; lower "
+                f"train.learning_rate, look at the rows, or raise train.max_bad_steps. {saves.good_step} is the last "
+                "saved step."
+            )
         if stop:
-            log.close()
-            if job.accelerator.is_main_process:
-                reason = f"asked to stop; step {done} is saved"
-                runs.write_status(recipe.run_directory, "preempted", reason, step=done)
-                log.say(f"Stopped after step {done}, which is saved. The same command continues from there.")
-            return False
-        evaluate_if_due(done)
+            return stopped_after(done)
+        if is_last or save_is_due or done % settings.save_steps == 0:
+            save(done)
+        if not evaluate_if_due(done):
+            return stopped_after(done)
+    saves.finish()
     log.close()
     preemption.forget_signals()  # all is saved: what is left can be done again
     return True
 
 
-def use_chosen_step(job: "Job", evaluations: Sequence[Mapping[str, Any]]) -> int:
+def use_chosen_step(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> int:
     """The last step, or the best one put back into the engine if the recipe says so; its adapter is exported."""
     directory, settings, last = job.recipe.run_directory, job.recipe.train, job.total_steps
     best = runs.best_step(evaluations, settings.metric_for_best_model) if settings.load_best_model_at_end else None
@@ -278,61 +296,6 @@ def use_chosen_step(job: "Job", evaluations: Sequence[Mapping[str, Any]]) -> int
             checkpoints.export_adapter(checkpoints.path_of_step(directory, last), directory / "endpoint")
             print(f"Step {chosen} has the best held-out {settings.metric_for_best_model}; its weights are used.")
     return chosen
-
-
-@torch.no_grad()
-def evaluate(job: "Job", micro_batches: Sequence[batching.MicroBatch]) -> tuple[TokenCounts, float]:
-    """(counts over the held-out samples, seconds); the counts are the same for any ranks and any packing."""
-    start = time.monotonic()
-    job.engine.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=job.accelerator.device)
-    for micro_batch in micro_batches:
-        sums += job.loss(job.held_out, micro_batch)[1]
-    dist.all_reduce(sums)
-    job.engine.train()
-    return counts_from_sums(sums), time.monotonic() - start
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the loop works with."""
-
-    recipe: Recipe
-    accelerator: Accelerator
-    engine: engines.Engine
-    model: "PeftModel"
-    tokenizer: PreTrainedTokenizerBase
-    samples: Samples
-    held_out: Samples
-    packed: bool
-    accepts: frozenset[str]  # by name, what the base model's forward can be given
-    identity: dict[str, Any]
-
-    @property
-    def total_samples(self) -> int:
-        """Samples of the whole run, repeats counted."""
-        settings = self.recipe.train
-        return batching.samples_in_run(
-            len(self.samples), settings.global_batch_size, settings.num_train_epochs, settings.max_steps
-        )
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return math.ceil(self.total_samples / self.recipe.train.global_batch_size)
-
-    def micro_batches(self, samples: Samples, ids: Sequence[int]) -> list[batching.MicroBatch]:
-        """This rank's micro-batches of these samples; every rank has as many."""
-        lengths = (samples.lengths[list(ids)] + self.recipe.adapter.num_virtual_tokens).tolist()
-        budget = self.recipe.train.max_tokens_per_micro_batch
-        return batching.lay_out(ids, lengths, budget, dist.get_world_size(), padded=not self.packed)[dist.get_rank()]
-
-    def loss(self, samples: Samples, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """(summed loss, its sums, cells computed) of one micro-batch."""
-        batch = collate(samples, ids, self.accelerator.device, packed=self.packed)
-        virtual_columns = self.recipe.adapter.num_virtual_columns
-        loss_sum, sums = batch_loss(self.engine, batch, accepts=self.accepts, virtual_columns=virtual_columns)
-        return loss_sum, sums, batch.input_ids.numel()
 
 
 def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
@@ -370,44 +333,6 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
         "checkpoint": str(checkpoint.path) if checkpoint else None,
         "evaluations": [record for record in metrics if record["kind"] == "evaluation"],
     }
-
-
-def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, checkpoint: Resumable | None) -> str:
-    """The batch arithmetic, the precision and why, and what each rank holds."""
-    recipe, settings, samples = job.recipe, job.recipe.train, job.samples
-    first_ids = batching.step_samples(0, len(samples), settings.global_batch_size, job.total_samples, settings.seed)
-    sizes = {name: math.prod(engines.whole_shape(p)) for name, p in job.engine.module.named_parameters()}
-    trained = [name for name, _ in engines.trainable_parameters(job.engine)]
-    trainable, total, kinds = sum(sizes[name] for name in trained), sum(sizes.values()), trained_kinds(trained)
-    held = engines.bytes_on_this_rank(job.engine)
-    stage = job.engine.zero_optimization_stage()
-    rows = [
-        ("run", f"{recipe.run_directory}, {f'resumed after step {checkpoint.step}' if checkpoint else 'from step 0'}"),
-        ("layout", f"{dist.get_world_size()} ranks, DeepSpeed ZeRO-{stage}, {job.accelerator.device.type}"),
-        ("precision", precision),
-        *([("base", quantised_line(recipe.model, stage))] if recipe.model.load_in_4bit else []),
-        ("rows", f"{rows_line}; data_report.json has every one"),
-        ("steps", f"{job.total_steps:,} of {settings.global_batch_size} samples; an epoch has {len(samples):,}"),
-        (
-            "first step",
-            f"{len(first_ids)} samples, {int(samples.lengths[first_ids].sum()):,} tokens, "
-            f"{int(samples.num_trained[first_ids].sum()):,} trained, in {len(job.micro_batches(samples, first_ids))} "
-            f"micro-batch(es) a rank of at most {settings.max_tokens_per_micro_batch:,} tokens",
-        ),
-        ("packing", packing),
-        ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {', '.join(kinds)}"),
-        ("a rank holds", f"{format_bytes(held['weights'])} of weights, {format_bytes(held['optimizer'])} of optimizer"),
-    ]
-    return f"\n{format_table(rows)}\n"
-
-
-def closing_lines(recipe: Recipe) -> str:
-    """Where everything is, and what to do next."""
-    directory = recipe.run_directory
-    rows = [("adapter", str(directory / "adapter")), ("metrics", str(directory / "metrics.jsonl"))]
-    if recipe.merges:
-        rows.insert(0, ("merged model", str(directory / "merged")))
-    return f"\n{format_table(rows)}\nA real model:\n  {LAUNCH_COMMAND} \\\n    {FLAGSHIP} data.train=ROWS.jsonl"
 
 
 def is_finished(recipe: Recipe) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
@@ -41,6 +41,8 @@ FREE_TO_CHANGE: dict[str, set[str]] = {
         "logging_steps",
         "eval_steps",
         "save_steps",
+        "save_seconds",
+        "max_bad_steps",
         "save_total_limit",
         "load_best_model_at_end",
         "metric_for_best_model",
@@ -81,35 +83,45 @@ def path_of_step(run_directory: Path, step: int) -> Path:
     return checkpoints_directory(run_directory) / f"step-{step:06d}"
 
 
-def save_checkpoint(
-    run_directory: Path,
-    engine: engines.Engine,
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Mapping[str, Any],
-    *,
-    keep: int,
-    best_step: int | None = None,
-) -> None:
-    """Gather on all ranks, write on rank zero, keep the newest `keep` and the one of `best_step`.
+@dataclass(frozen=True)
+class Snapshot:
+    """A whole checkpoint in memory: nothing of it changes while the training goes on."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]  # fp32 masters and moments, as engine.gather_training_state names them
+    adapter: dict[str, torch.Tensor]  # what PEFT reads
+    state: dict[str, Any]  # state.json
+    peft_config: PeftConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def take_snapshot(
+    engine: engines.Engine, model: PeftModel, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]
+) -> Snapshot | None:
+    """Gather what a checkpoint holds; a collective, and None on all ranks but zero.
 
     `facts` go into state.json; their `step` names the checkpoint.
     """
     tensors = engines.gather_training_state(engine)
     if torch.distributed.get_rank() != 0:
-        return
-    step = int(facts["step"])
+        return None
+    masters = {name.removesuffix(".master"): t for name, t in tensors.items() if name.endswith(".master")}
     state = {"adam_step": engines.adam_step(engine), "scaler": engines.scaler_state(engine), **facts}
+    adapter = exported_state(model, masters)
+    return Snapshot(int(facts["step"]), tensors, adapter, state, model.peft_config[ADAPTER_NAME], tokenizer)
+
+
+def write_snapshot(run_directory: Path, snapshot: Snapshot, *, keep: int, best_step: int | None = None) -> None:
+    """Publish the checkpoint, then delete all but the newest `keep` and the one of `best_step`."""
 
     def write_files(directory: Path) -> None:
-        save_file(tensors, directory / "optimizer.safetensors")
-        masters = {name.removesuffix(".master"): t for name, t in tensors.items() if name.endswith(".master")}
-        save_file(exported_state(model, masters), directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        model.peft_config[ADAPTER_NAME].save_pretrained(str(directory))
-        tokenizer.save_pretrained(str(directory))
-        write_json(directory / "state.json", state)
+        save_file(snapshot.tensors, directory / "optimizer.safetensors")
+        save_file(snapshot.adapter, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        snapshot.peft_config.save_pretrained(str(directory))
+        snapshot.tokenizer.save_pretrained(str(directory))
+        write_json(directory / "state.json", snapshot.state)
 
-    publish(path_of_step(run_directory, step), write_files, {"format": FORMAT, "step": step})
+    publish(path_of_step(run_directory, snapshot.step), write_files, {"format": FORMAT, "step": snapshot.step})
     for old in _by_step(checkpoints_directory(run_directory))[:-keep]:
         if best_step is None or old != path_of_step(run_directory, best_step):
             unpublish(old)

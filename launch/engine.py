@@ -205,6 +205,9 @@ def step(engine: Engine, learning_rate: float) -> tuple[float, bool]:
         group["lr"] = learning_rate * group["lr_ratio"]
     engine.step()
     skipped = bool(engine.optimizer.overflow)
+    if skipped and engine.zero_optimization_stage() < 3:
+        # With an offloaded optimizer DeepSpeed 0.19.8 keeps these, and adds the next gradients to what is not finite.
+        engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
     norm = engine.get_global_grad_norm()
     return float("nan") if skipped or norm is None else float(norm), skipped
 

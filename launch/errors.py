@@ -41,5 +41,9 @@ class CheckpointError(LaunchError):
     """A checkpoint that cannot be written, trusted or resumed."""
 
 
+class TrainingError(LaunchError):
+    """Training that cannot go on."""
+
+
 class MergeError(LaunchError):
     """A merge that would give wrong weights."""

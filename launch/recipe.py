@@ -253,7 +253,9 @@ class TrainBlock(Block):
     load_best_model_at_end: bool = False  # the evaluated step with the best metric is merged, not the last one
     metric_for_best_model: Literal["loss", "token_accuracy"] = "loss"
     save_steps: int = Field(100, ge=1)
+    save_seconds: float | None = Field(None, gt=0)  # as well as save_steps; None: by Young's rule, at most 240
     save_total_limit: int = Field(2, ge=2)
+    max_bad_steps: int = Field(25, ge=1)  # steps in a row that overflow or are not a number, before the run stops
 
 
 class RunBlock(Block):
@@ -265,6 +267,7 @@ class RunBlock(Block):
     merge: bool | None = None  # None: yes with LoRA; soft prompts cannot be merged
     merge_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # auto: the trained type, 16-bit for fp32
     max_shard_size_bytes: int = Field(4_000_000_000, ge=1)
+    max_failed_saves: int = Field(3, ge=0)  # in a row, before the run stops
     process_group_timeout_seconds: int = Field(1800, ge=10)
 
 

@@ -1,17 +1,29 @@
 """What a run says: the start-up banner, one calm line per logging interval, metrics.jsonl, the trackers."""
 
+import math
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from launch import runs
+from launch import batching, runs
+from launch import engine as engines
+from launch.adapter import trained_kinds
+from launch.job import Job
+from launch.quantisation import quantised_line
+from launch.recipe import TINY_MODEL_NAME, Recipe
+from launch.table import format_bytes, format_table
 from metrics.tokens import TokenCounts
+
+FLAGSHIP = "configs/recipes/qwen1.5-14b-lora.yaml"
+LAUNCH_COMMAND = "accelerate launch --config_file configs/accelerate/zero3.yaml train.py"
 
 
 class RunLog:
@@ -105,12 +117,24 @@ class RunLog:
         )
         self._since += seconds  # evaluation is not training time
 
+    def saving(self, done: int, stall_seconds: float) -> None:
+        """A checkpoint has been gathered; the training stood still for so long."""
+        self._write("save", done, {"stall_seconds": stall_seconds})
+
+    def written(self, done: int, seconds: float, fault: str) -> None:
+        """What became of a checkpoint that was written beside the training."""
+        if fault:
+            self.say(f"save {done:>{len(str(self.total_steps))}}/{self.total_steps}  failed: {fault}; training goes on")
+        self._write("failed save" if fault else "written", done, {"seconds": seconds})
+
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self.is_rank_zero:
-            self._bar.clear()
-            print(text, flush=True)
-            self._bar.refresh()
+            # A log on a disk that is full takes nothing more, and training does not end for want of words.
+            with suppress(OSError):
+                self._bar.clear()
+                print(text, flush=True)
+                self._bar.refresh()
 
     def close(self) -> None:
         """Take the progress bar away."""
@@ -118,8 +142,55 @@ class RunLog:
 
     def _write(self, kind: str, done: int, record: Mapping[str, float | int | None]) -> None:
         if self.is_rank_zero:
-            runs.append_metrics(self.directory, {"kind": kind, "step": done, **record})
+            try:
+                runs.append_metrics(self.directory, {"kind": kind, "step": done, **record})
+            except OSError as error:  # no reason to lose the training, which does not read it
+                self.say(f"metrics.jsonl cannot be written: {error.strerror}; the figures of step {done} are lost")
         self.accelerator.log({f"{kind}/{name}": value for name, value in record.items()}, step=done)
+
+
+def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, resumed_after: int | None) -> str:
+    """The batch arithmetic, the precision and why, and what each rank holds; `resumed_after` a step, or None."""
+    recipe, settings, samples = job.recipe, job.recipe.train, job.samples
+    first_ids = batching.step_samples(0, len(samples), settings.global_batch_size, job.total_samples, settings.seed)
+    sizes = {name: math.prod(engines.whole_shape(p)) for name, p in job.engine.module.named_parameters()}
+    trained = [name for name, _ in engines.trainable_parameters(job.engine)]
+    trainable, total, kinds = sum(sizes[name] for name in trained), sum(sizes.values()), trained_kinds(trained)
+    held = engines.bytes_on_this_rank(job.engine)
+    stage = job.engine.zero_optimization_stage()
+    start = "from step 0" if resumed_after is None else f"resumed after step {resumed_after}"
+    rows = [
+        ("run", f"{recipe.run_directory}, {start}"),
+        ("layout", f"{dist.get_world_size()} ranks, DeepSpeed ZeRO-{stage}, {job.accelerator.device.type}"),
+        ("precision", precision),
+        *([("base", quantised_line(recipe.model, stage))] if recipe.model.load_in_4bit else []),
+        ("rows", f"{rows_line}; data_report.json has every one"),
+        ("steps", f"{job.total_steps:,} of {settings.global_batch_size} samples; an epoch has {len(samples):,}"),
+        (
+            "first step",
+            f"{len(first_ids)} samples, {int(samples.lengths[first_ids].sum()):,} tokens, "
+            f"{int(samples.num_trained[first_ids].sum()):,} trained, in {len(job.micro_batches(samples, first_ids))} "
+            f"micro-batch(es) a rank of at most {settings.max_tokens_per_micro_batch:,} tokens",
+        ),
+        ("packing", packing),
+        ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {', '.join(kinds)}"),
+        ("a rank holds", f"{format_bytes(held['weights'])} of weights, {format_bytes(held['optimizer'])} of optimizer"),
+    ]
+    return f"\n{format_table(rows)}\n"
+
+
+def closing_lines(recipe: Recipe) -> str:
+    """Where everything is, and what to do next."""
+    directory = recipe.run_directory
+    rows = [("adapter", str(directory / "adapter")), ("metrics", str(directory / "metrics.jsonl"))]
+    if recipe.merges:
+        rows.insert(0, ("merged model", str(directory / "merged")))
+    lines = ["", format_table(rows)]
+    if recipe.model.factory is None:
+        lines += ["Held-out rows, answered:", f"  python -m launch generate {directory / 'recipe.yaml'}"]
+    if recipe.model.name_or_path == TINY_MODEL_NAME:
+        lines += ["A real model:", f"  {LAUNCH_COMMAND} \\\n    {FLAGSHIP} data.train=ROWS.jsonl"]
+    return "\n".join(lines)
 
 
 def _peak_memory_bytes() -> int:

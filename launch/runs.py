@@ -3,6 +3,7 @@
 Files appear whole or not at all; only metrics.jsonl grows, a line at a time.
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -80,8 +81,12 @@ def append_metrics(directory: Path, record: Mapping[str, Any]) -> None:
     record = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
     }
-    with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with (directory / "metrics.jsonl").open("ab", buffering=0) as file:
+        size_bytes = file.seek(0, os.SEEK_END)
+        line = json.dumps(record).encode() + b"\n"
+        if file.write(line) != len(line):  # the disk is full
+            file.truncate(size_bytes)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

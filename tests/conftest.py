@@ -254,6 +254,7 @@ def _be_a_rank(
     environment: dict[str, Any], sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)  # replaces the thread pool that the fork broke: threads that load weights race to do so
     try:
         sender.send((True, function(*arguments)))
     except BaseException:

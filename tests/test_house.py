@@ -22,11 +22,13 @@ LAYERS = (
     "launch.ledger",
     "launch.data_report",
     "launch.data launch.data_page",
-    "launch.tiny launch.quantisation launch.adapter launch.engine launch.packing launch.report",
+    "launch.tiny launch.quantisation launch.adapter launch.engine launch.packing",
+    "launch.job",
+    "launch.report",
     "launch.factory",
     "launch.model",
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
-    "launch.generate",
+    "launch.generate launch.saving",
     "train launch.__main__",
 )
 NUM_LIGHT_LAYERS = 7  # these start fast on a login node

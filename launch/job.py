@@ -1,0 +1,84 @@
+"""What the loop works with: the engine, the samples, and how a micro-batch becomes a loss."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from launch import batching, preemption
+from launch import engine as engines
+from launch.packing import batch_loss, collate
+from launch.recipe import Recipe
+from launch.samples import Samples
+from metrics.tokens import TokenCounts, counts_from_sums
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run on this rank."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    engine: engines.Engine
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    samples: Samples
+    held_out: Samples
+    packed: bool
+    accepts: frozenset[str]  # by name, what the base model's forward can be given
+    identity: dict[str, Any]
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of the whole run, repeats counted."""
+        settings = self.recipe.train
+        return batching.samples_in_run(
+            len(self.samples), settings.global_batch_size, settings.num_train_epochs, settings.max_steps
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return math.ceil(self.total_samples / self.recipe.train.global_batch_size)
+
+    def micro_batches(self, samples: Samples, ids: Sequence[int]) -> list[batching.MicroBatch]:
+        """This rank's micro-batches of these samples; every rank has as many."""
+        lengths = (samples.lengths[list(ids)] + self.recipe.adapter.num_virtual_tokens).tolist()
+        budget = self.recipe.train.max_tokens_per_micro_batch
+        return batching.lay_out(ids, lengths, budget, dist.get_world_size(), padded=not self.packed)[dist.get_rank()]
+
+    def loss(self, samples: Samples, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """(summed loss, its sums, cells computed) of one micro-batch."""
+        batch = collate(samples, ids, self.accelerator.device, packed=self.packed)
+        virtual_columns = self.recipe.adapter.num_virtual_columns
+        loss_sum, sums = batch_loss(self.engine, batch, accepts=self.accepts, virtual_columns=virtual_columns)
+        return loss_sum, sums, batch.input_ids.numel()
+
+
+@torch.no_grad()
+def evaluate(job: Job, micro_batches: Sequence[batching.MicroBatch]) -> tuple[TokenCounts, float] | None:
+    """(counts over the held-out samples, seconds); the counts are the same for any ranks and any packing.
+
+    None when a rank was asked to stop.
+    """
+    start = time.monotonic()
+    job.engine.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=job.accelerator.device)
+    for micro_batch in micro_batches:
+        sums[:3] += job.loss(job.held_out, micro_batch)[1]
+        sums[3] += preemption.stop_requested()
+        asked = sums[3].clone()
+        dist.all_reduce(asked)  # ranks agree after each micro-batch, of which all have as many
+        if asked > 0:
+            job.engine.train()
+            return None
+    dist.all_reduce(sums)
+    job.engine.train()
+    return counts_from_sums(sums[:3]), time.monotonic() - start

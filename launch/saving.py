@@ -1,0 +1,139 @@
+"""When a checkpoint is saved, and how: gathered by all ranks, written by rank zero beside the next steps."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from launch import checkpoint as checkpoints
+from launch import engine as engines
+from launch.errors import CheckpointError
+from launch.recipe import TrainBlock
+from launch.report import RunLog
+
+MEAN_SECONDS_TO_FAILURE = 4 * 3600.0
+LONGEST_INTERVAL_SECONDS = 240.0
+
+
+def interval_seconds(seconds_of_a_save: float) -> float:
+    """Young's interval (1974), sqrt(2 * cost of a save * mean time to failure), but at most four minutes."""
+    return min(math.sqrt(2 * seconds_of_a_save * MEAN_SECONDS_TO_FAILURE), LONGEST_INTERVAL_SECONDS)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A save that has ended."""
+
+    step: int
+    seconds: float  # of writing and hashing
+    fault: str  # why it came to nothing; empty when it did not
+
+
+class Saves:
+    """The checkpoints of a run. The gather is the only stall; at most one checkpoint is being written.
+
+    A save that fails (the disk is full, or broken) leaves nothing, and the training goes on without it until more than
+    `max_failed_saves` in a row have failed.
+    """
+
+    def __init__(
+        self,
+        run_directory: Path,
+        engine: engines.Engine,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        log: RunLog,
+        settings: TrainBlock,
+        *,
+        facts: Mapping[str, Any],
+        first_step: int,
+        max_failed_saves: int,
+    ) -> None:
+        self.run_directory = run_directory
+        self.engine = engine
+        self.model = model
+        self.tokenizer = tokenizer
+        self.log = log
+        self.settings = settings
+        self.facts = facts
+        self.max_failed_saves = max_failed_saves
+        self.saved_step = first_step  # gathered; known on every rank
+        self.good_step = first_step  # on disk; known on rank zero
+        self._failed_in_a_row = 0
+        self._interval_seconds = settings.save_seconds or LONGEST_INTERVAL_SECONDS
+        self._since = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Written] | None = None
+
+    def is_due_by_the_clock(self) -> bool:
+        """Rank zero's clock, which the others hear of in the step's reduction."""
+        return dist.get_rank() == 0 and time.monotonic() - self._since >= self._interval_seconds
+
+    def save(self, done: int, *, skipped_steps: int, best_step: int | None) -> None:
+        """Save the state after `done` steps, unless that has been done; a collective.
+
+        Raises CheckpointError when too many saves in a row have failed.
+        """
+        if done == self.saved_step:
+            return
+        self.saved_step = done
+        start = time.monotonic()
+        self._settle()  # two gathered copies at once might not fit
+        facts = {"step": done, "skipped_steps": skipped_steps, **self.facts}
+        snapshot = checkpoints.take_snapshot(self.engine, self.model, self.tokenizer, facts)
+        stall_seconds = time.monotonic() - start
+        if snapshot is not None:
+            keep = self.settings.save_total_limit
+
+            def write() -> None:
+                checkpoints.write_snapshot(self.run_directory, snapshot, keep=keep, best_step=best_step)
+
+            self._writing = self._thread.submit(_timed, done, write)
+        self.log.saving(done, stall_seconds)
+        self._since = time.monotonic()
+
+    def finish(self) -> None:
+        """Wait until the last save is on disk; a collective. Raises CheckpointError when it is not."""
+        self._settle()
+        if dist.get_rank() == 0 and self.good_step != self.saved_step:
+            raise CheckpointError(
+                f"Step {self.saved_step} could not be saved; the last good checkpoint is that of step "
+                f"{self.good_step}. Make room in {self.run_directory} and run the same command again."
+            )
+        dist.barrier()
+
+    def _settle(self) -> None:
+        """Wait for what is being written."""
+        if self._writing is None:
+            return
+        written, self._writing = self._writing.result(), None
+        self.log.written(written.step, written.seconds, written.fault)
+        if not written.fault:
+            self.good_step, self._failed_in_a_row = written.step, 0
+            if self.settings.save_seconds is None:
+                self._interval_seconds = interval_seconds(written.seconds)
+            return
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row > self.max_failed_saves:
+            raise CheckpointError(
+                f"{self._failed_in_a_row} saves in a row failed, the last one with: {written.fault}. The last good "
+                f"checkpoint is that of step {self.good_step}; make room, or raise run.max_failed_saves."
+            )
+
+
+def _timed(step: int, write: Callable[[], None]) -> Written:
+    start = time.monotonic()
+    fault = ""
+    try:
+        write()
+    except (OSError, SafetensorError) as error:
+        fault = " ".join(str(error).split()) or type(error).__name__
+    return Written(step, time.monotonic() - start, fault)

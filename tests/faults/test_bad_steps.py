@@ -1,0 +1,68 @@
+"""Gradients that are not finite: the fault matrix, row 27 (row 28, the overflows of fp16, is in test_resume.py)."""
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from conftest import World, deepspeed_json, run_ranks
+from safetensors.torch import load_file
+
+import train
+from launch import job, runs
+from launch.checkpoint import path_of_step
+
+SETTINGS = {"max_steps": 6, "save_steps": 2, "max_bad_steps": 3}
+
+
+def poisoned(steps: range, precision: str, arguments: list[str]) -> int:
+    """train.py's main; in these steps (from 1) the last rank's loss is not a number."""
+    real_step, real_loss = train.engines.step, job.batch_loss
+    done = 0
+
+    def counted_step(*given: Any) -> tuple[float, bool]:
+        nonlocal done
+        done += 1
+        return real_step(*given)
+
+    def poisoned_loss(*given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, sums = real_loss(*given, **named)
+        is_poisoned = done + 1 in steps and loss.requires_grad
+        if is_poisoned and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            return loss * math.nan, sums + torch.tensor([math.nan, 0, 0])
+        return loss, sums
+
+    train.engines.step, job.batch_loss = counted_step, poisoned_loss
+    return train.main([*arguments, f"train.precision={precision}"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (3, "fp32"),
+        pytest.param(3, "bf16", marks=pytest.mark.slow),
+        pytest.param(2, "fp32", marks=pytest.mark.slow),
+        pytest.param(2, "bf16", marks=pytest.mark.slow),  # what was not finite stayed in DeepSpeed's buffers
+    ],
+)
+def test_one_bad_step_is_shown_counted_and_skipped_by_all_ranks(world: World, stage: int, precision: str) -> None:
+    name = f"one-{stage}-{precision}"
+    recipe, config = world.recipe(name, train=SETTINGS), deepspeed_json(world.directory, stage)
+    assert run_ranks(2, poisoned, range(3, 4), precision, [str(recipe)], deepspeed=config) == [0, 0]
+    curve = world.metrics(name, "train")
+    assert [record["step"] for record in curve if record["loss"] is None] == [3]
+    assert [record["skipped_steps"] for record in curve] == [0, 0, 1, 1, 1, 1]
+    weights = load_file(path_of_step(world.run_directory(name), 6) / "optimizer.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert runs.read_status(world.run_directory(name))["state"] == "finished"
+
+
+def test_bad_steps_in_a_row_end_the_run(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe("many", train=SETTINGS)
+    assert run_ranks(1, poisoned, range(3, 7), "fp32", [str(recipe)]) == [1]
+    captured = capfd.readouterr()
+    assert "loss    nan" in captured.out
+    assert "Failed: The last 3 steps were skipped, since their gradients were not finite" in captured.err
+    assert "4 is the last saved step" in captured.err
+    assert runs.read_status(world.run_directory("many"))["state"] == "failed"

@@ -1,0 +1,96 @@
+"""Signals at every stage of a run: the fault matrix, rows 8 to 13."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import World, launch, run_ranks
+from safetensors.torch import load_file
+
+import train
+from launch import data, job, runs
+from launch.checkpoint import checkpoints_directory, path_of_step
+
+THRICE = [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM]
+SETTINGS = {"max_steps": 6, "save_steps": 3, "eval_steps": 2, "max_tokens_per_micro_batch": 128}
+
+
+def signalled_at(name: str, call: int, numbers: list[int], module: Any, arguments: list[str]) -> int:
+    """train.py's main; the last rank gets these signals before the `call`th call of `module.name`."""
+    real: Callable[..., Any] = getattr(module, name)
+    calls = 0
+
+    def watched(*given: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            for number in numbers:
+                os.kill(os.getpid(), number)
+            time.sleep(0.2)
+        return real(*given, **named)
+
+    setattr(module, name, watched)
+    return train.main(arguments)
+
+
+@pytest.fixture(scope="module")
+def straight(world: World) -> dict[str, torch.Tensor]:
+    launch(world.recipe("straight", train=SETTINGS), 2)
+    return load_file(path_of_step(world.run_directory("straight"), 6) / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "call", "numbers", "step"),
+    [
+        ("evaluate", train, 2, [signal.SIGTERM], 2),
+        pytest.param("evaluate", train, 1, [signal.SIGTERM], 0, marks=pytest.mark.slow),
+        pytest.param("evaluate", train, 4, [signal.SIGTERM], 6, marks=pytest.mark.slow),
+        pytest.param("batch_loss", job, 12, THRICE, None, marks=pytest.mark.slow),
+    ],
+    ids=["evaluation", "first evaluation", "last evaluation", "within a step, thrice"],
+)
+def test_a_stop_in_the_middle_loses_nothing(
+    world: World,
+    straight: dict[str, torch.Tensor],
+    name: str,
+    module: Any,
+    call: int,
+    numbers: list[int],
+    step: int | None,
+) -> None:
+    recipe = world.recipe(f"stopped-{name}-{call}", train=SETTINGS)
+    directory = world.run_directory(recipe.stem)
+    assert run_ranks(2, signalled_at, name, call, numbers, module, [str(recipe)]) == [0, 0]
+    status = runs.read_status(directory)
+    assert status["state"] == "preempted"
+    assert step in (None, status["step"])
+    launch(recipe, 2)
+    found = load_file(path_of_step(directory, 6) / "optimizer.safetensors")
+    assert all(torch.equal(found[key], straight[key]) for key in straight)
+    ours, theirs = world.metrics(recipe.stem, "evaluation"), world.metrics("straight", "evaluation")
+    assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in theirs]
+
+
+def ended_in_preparation(arguments: list[str]) -> None:
+    signalled_at("publish", 1, [signal.SIGTERM], data.Prepared, arguments)
+
+
+def test_a_stop_before_the_first_step_ends_at_once(world: World) -> None:
+    recipe = world.recipe("early", train=SETTINGS)
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="exit code 143"):
+        run_ranks(1, ended_in_preparation, [str(recipe)])
+    assert time.monotonic() - start < 20
+    directory = world.run_directory("early")
+    status = runs.read_status(directory)
+    assert (status["state"], status["reason"]) == (
+        "preempted",
+        "asked to stop before the first step; there was nothing to save yet",
+    )
+    assert not checkpoints_directory(directory).exists()
+    launch(recipe, 1)
+    assert runs.read_status(directory)["state"] == "finished"

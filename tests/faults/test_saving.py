@@ -1,0 +1,126 @@
+"""Faults while a checkpoint is written: the fault matrix, rows 4 to 7, 17 and 18 to 21."""
+
+import os
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import World, launch, run_ranks
+from safetensors.torch import load_file
+from test_resume import stop_at
+
+import train
+from launch import runs
+from launch.checkpoint import checkpoints_directory, find_resumable, path_of_step, verify
+
+SETTINGS = {"max_steps": 6, "save_steps": 2, "save_seconds": 1e6}
+ON_DISK = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+def interrupted_at(number: int, arguments: list[str]) -> int:
+    """train.py's main; the process kills itself before the `number`th thing that it does in `checkpoints`."""
+    seen = 0
+
+    def hook(event: str, details: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in ON_DISK or not details or "checkpoints" not in str(details[0]):
+            return
+        if event == "open" and not (isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)):
+            return  # for reading
+        seen += 1
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    train.main(arguments)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def stopped(world: World) -> Path:
+    """A run directory with the checkpoints of steps 2 and 4, of 6; the straight run beside it."""
+    launch(world.recipe("straight", train=SETTINGS), 1)
+    run_ranks(1, stop_at, 4, [str(world.recipe("stopped", train=SETTINGS))])
+    directory = world.run_directory("stopped")
+    assert sorted(path.name for path in checkpoints_directory(directory).iterdir()) == ["step-000002", "step-000004"]
+    return directory
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(path_of_step(directory, 6) / "optimizer.safetensors")
+
+
+def assert_is_straight(world: World, directory: Path) -> None:
+    """Finished with the weights of a run that nothing happened to, and nothing left over."""
+    assert runs.read_status(directory)["state"] == "finished"
+    expected, found = weights(world.run_directory("straight")), weights(directory)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    left = {path.name for path in checkpoints_directory(directory).iterdir() if path.suffix != ".corrupt"}
+    # An old one stays where the kill came between the rename and its deletion, and no save followed.
+    assert {"step-000006"} < left <= {"step-000002", "step-000004", "step-000006"}
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_of_a_save_leaves_whole_checkpoints(world: World, stopped: Path, tmp_path: Path) -> None:
+    recipe = str(world.recipe("killed", train=SETTINGS))
+    directory = world.run_directory("killed")
+    shutil.copytree(stopped, directory)
+    (num_moments,) = run_ranks(1, interrupted_at, 0, [recipe])
+    assert num_moments > 10
+    for number in range(1, num_moments + 1):
+        shutil.rmtree(directory)
+        shutil.copytree(stopped, directory)
+        with pytest.raises(AssertionError, match="exit code -9"):
+            run_ranks(1, interrupted_at, number, [recipe])
+        shutil.copytree(directory, tmp_path / "seen")
+        found = find_resumable(tmp_path / "seen", say=print)
+        assert found is not None and found.step in (4, 6)
+        verify(found.path)
+        assert not list(checkpoints_directory(tmp_path / "seen").glob("*.corrupt")), "nothing half-written has a name"
+        shutil.rmtree(tmp_path / "seen")
+        launch(Path(recipe), 1)
+        assert_is_straight(world, directory)
+
+
+def limited(max_file_bytes: int, arguments: list[str]) -> int:
+    """train.py's main where no file may grow beyond so many bytes, as on a disk that is full, in steps 1 to 4."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real_step = train.engines.step
+    steps = 0
+
+    def counted_step(*given: Any) -> tuple[float, bool]:
+        nonlocal steps
+        steps += 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes if steps <= 4 else soft, hard))
+        return real_step(*given)
+
+    train.engines.step = counted_step
+    return train.main(arguments)
+
+
+@pytest.mark.parametrize("max_file_bytes", [900, pytest.param(3000, marks=pytest.mark.slow)])
+def test_a_failed_save_is_said_and_training_goes_on(
+    world: World, max_file_bytes: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = f"full-{max_file_bytes}"
+    recipe = world.recipe(name, train=SETTINGS)
+    assert run_ranks(1, limited, max_file_bytes, [str(recipe)]) == [0]
+    said = capfd.readouterr().out
+    directory = world.run_directory(name)
+    if max_file_bytes > 900:  # otherwise there was no room for words either
+        assert "save 2/6  failed: " in said and "File too large" in said and "training goes on" in said
+    assert [record["step"] for record in world.metrics(name, "failed save")] == ([2, 4] if max_file_bytes > 900 else [4])
+    assert [path.name for path in checkpoints_directory(directory).iterdir()] == ["step-000006"]
+    assert runs.read_status(directory)["state"] == "finished"
+
+
+def test_saves_that_keep_failing_end_the_run(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe("always-full", train=SETTINGS | {"save_steps": 1}, run={"max_failed_saves": 2})
+    assert run_ranks(1, limited, 3000, [str(recipe)]) == [1]
+    assert "Failed: 3 saves in a row failed, the last one with: " in capfd.readouterr().err
+    assert runs.read_status(world.run_directory("always-full"))["state"] == "failed"
