@@ -8,6 +8,7 @@ The same command again continues where the run stopped.
 import functools
 import importlib.util
 import json
+import math
 import os
 import platform
 import signal
@@ -211,6 +212,11 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
             return False
         counts, seconds = found
         log.evaluation(done, counts, seconds)
+        if done == 0 and counts.num_tokens and not math.isfinite(counts.loss):
+            raise TrainingError(
+                f"The held-out loss is {counts.loss} before anything is trained: the weights of the base are wrong, or "
+                f"too large for {job.identity['precision']}; try train.precision=fp32."
+            )
         evaluations.append({"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy})
         if settings.load_best_model_at_end and runs.best_step(evaluations, settings.metric_for_best_model) == done:
             save(done)

@@ -17,9 +17,12 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from launch import factory, tiny
 from launch.adapter import check_targets, with_token_ids
@@ -202,8 +205,25 @@ def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
         )
     if model.load_in_4bit:
         keep_layout(loaded)
+    if model.trust_remote_code and not is_deepspeed_zero3_enabled():
+        _fill_tables(loaded)
     assert isinstance(loaded, torch.nn.Module)
     return loaded
+
+
+def _fill_tables(model: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint has, such as those of rotary positions.
+
+    Outside zero.Init transformers 5 builds on the meta device, where they come out unfilled, and knows how to fill
+    those of its own models only. Weights that nothing initialises take no memory here.
+    """
+    in_file = model.state_dict().keys()
+    tables = {name: buffer for name, buffer in model.named_buffers() if name not in in_file}
+    if tables:
+        with no_init_weights():
+            computed = dict(type(model)(model.config).named_buffers())
+        for name, buffer in tables.items():
+            buffer.copy_(computed[name])
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from test_launch import COMMAND
+from test_launch import command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch import runs
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 
 
 def run_the_default_recipe(output_dir: Path) -> str:
-    command = [*COMMAND, "train.py", f"run.output_dir={output_dir}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    default = [*command(), "train.py", f"run.output_dir={output_dir}"]
+    done = subprocess.run(default, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -41,9 +41,10 @@ def test_it_learns_what_it_has_not_seen(demo: tuple[Path, str]) -> None:
 
 def test_its_last_lines_say_what_to_do_next(demo: tuple[Path, str]) -> None:
     directory, printed = demo
-    last = "\n".join(printed.strip().splitlines()[-6:])
+    last = "\n".join(printed.strip().splitlines()[-8:])
     assert "merged model" in last and str(directory / "merged") in "".join(last.split())
     assert "configs/recipes/qwen1.5-14b-lora.yaml data.train=ROWS.jsonl" in last
+    assert f"python -m launch generate {directory}/recipe.yaml" in last
     assert (directory / "merged" / "config.json").exists()
     assert "is finished" in run_the_default_recipe(directory.parent)
 
@@ -72,8 +73,8 @@ def test_the_merged_model_answers_held_out_rows(demo: tuple[Path, str]) -> None:
 
 def test_generate_shows_what_it_learned(demo: tuple[Path, str]) -> None:
     directory, _ = demo
-    command = [sys.executable, "-m", "launch", "generate", f"run.output_dir={directory.parent}", "--rows", "8"]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    generate = [sys.executable, "-m", "launch", "generate", str(directory / "recipe.yaml"), "--rows", "8"]
+    out = subprocess.run(generate, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     answers = [re.findall(r"^  (?:answer|reference) +(.*)$", part, re.MULTILINE) for part in out.split("── ")[1:]]
     assert len(answers) == 8
     assert sum(answer == reference for answer, reference in answers) >= 6

@@ -18,13 +18,15 @@ from launch.checkpoint import path_of_step
 pytestmark = pytest.mark.slow
 SETTINGS = {"max_steps": 40, "save_steps": 10, "eval_steps": 20}
 ACCELERATE = Path(sys.executable).with_name("accelerate")
-COMMAND = [ACCELERATE, "launch", "--main_process_port", "0"]
+
+
+def command(config: str = "zero3") -> list[str | Path]:
+    return [ACCELERATE, "launch", "--config_file", f"configs/accelerate/{config}.yaml", "--main_process_port", "0"]
 
 
 def start(recipe: Path, *arguments: str, num_ranks: int = 2, config: str = "zero3") -> subprocess.Popen[str]:
-    layout = ["--config_file", f"configs/accelerate/{config}.yaml", "--num_processes", str(num_ranks)]
     return subprocess.Popen(
-        [*COMMAND, *layout, "train.py", str(recipe), *arguments],
+        [*command(config), "--num_processes", str(num_ranks), "train.py", str(recipe), *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import World, build_remote_base, launch, make_rows, run_ranks
+from conftest import World, build_remote_base, deepspeed_json, launch, make_rows, run_ranks
 from deepspeed.utils import safe_get_full_grad
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from test_cli import python_m_launch
 from test_reference import perturb, samples_of, their_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import train
 from launch import batching
@@ -94,6 +96,31 @@ def test_gradients_are_those_of_peft(world: World, checkpointing: bool) -> None:
     for name, gradient in expected.items():
         assert np.abs(gradient).max() > 0, f"{name} gets no gradient, so its equality says nothing"
         np.testing.assert_allclose(found[name], gradient, rtol=1e-5, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
+
+
+def logits_as_loaded(path: Path) -> np.ndarray:
+    """By the base alone, through `load_base`."""
+    recipe = load_recipe(path)
+    engines.quiet_libraries()
+    engines.create_accelerator(recipe, "fp32")
+    base = load_base(recipe.model.name_or_path, recipe.model, "fp32").eval()
+    with engines.written_whole(base.parameters()), torch.no_grad():
+        return base(input_ids=torch.arange(20)[None]).logits.numpy().copy()
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_what_no_checkpoint_has_is_computed(world: World, stage: int, tmp_path: Path) -> None:
+    """Plain from_pretrained of transformers 5 leaves it unfilled, and the loss of published models is then nan."""
+    shutil.copytree(world.base, tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text(encoding="utf-8")) | {"has_table": True}
+    (tmp_path / "base/config.json").write_text(json.dumps(config), encoding="utf-8")
+    path = world.recipe("table", model=TRUST | {"name_or_path": str(tmp_path / "base")})
+    (found,) = run_ranks(1, logits_as_loaded, path, deepspeed=deepspeed_json(tmp_path, stage))
+    made = get_class_from_dynamic_module("modeling_tiny.TinyForCausalLM", str(tmp_path / "base"))
+    whole = made(made.config_class.from_pretrained(tmp_path / "base")).eval()
+    whole.load_state_dict(load_file(tmp_path / "base/model.safetensors"))
+    with torch.no_grad():
+        np.testing.assert_allclose(found, whole(input_ids=torch.arange(20)[None]).logits.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_begin_and_end_are_ids_and_a_row_cannot_write_them(world: World) -> None:

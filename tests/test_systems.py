@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import own_model
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA, build_base, build_remote_base
+from conftest import ROOT, SHARED_DATA, build_base, build_remote_base, build_tokenizer
 from peft import PeftModel
 from test_launch import finish, ranks_of, start, wait_until
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,18 +39,25 @@ def real_rows(name: str, directory: Path) -> tuple[list[dict[str, str]], Path]:
     return rows, path
 
 
-def killed_and_continued(recipe: Path, overrides: Sequence[str], directory: Path) -> str:
+def killed_and_continued(
+    recipe: Path,
+    overrides: Sequence[str],
+    directory: Path,
+    *,
+    evaluated: Sequence[int] = (0, 8),
+    config: str = "zero3",
+) -> str:
     """What the second launch printed: the first is killed after a checkpoint, the same command ends the run."""
-    process = start(recipe, *overrides)
+    process = start(recipe, *overrides, config=config)
     wait_until(path_of_step(directory, 2).exists, 120, "a checkpoint")
     process.kill()
     wait_until(lambda: not ranks_of(recipe), 5, "without ranks")
     process.communicate()
-    said = finish(start(recipe, *overrides))
+    said = finish(start(recipe, *overrides, config=config))
     assert "resumed after step" in said
     assert runs.read_status(directory)["state"] == "finished"
     steps = [record["step"] for record in runs.read_metrics(directory) if record["kind"] == "evaluation"]
-    assert steps == [0, 8]
+    assert steps == list(evaluated)
     return said
 
 
@@ -80,6 +88,68 @@ def test_qwen2_on_chinese_alpaca_rows(method: str, tmp_path: Path) -> None:
     if method == "lora":
         merged = AutoModelForCausalLM.from_pretrained(directory / "merged", dtype=torch.float32)
         torch.testing.assert_close(merged(**prompt).logits, adapted(**prompt).logits, rtol=0.05, atol=0.05)
+
+
+def test_qwen1_5_keeps_and_merges_the_best_step(tmp_path: Path) -> None:
+    """The flagship: evaluated every few steps, the best one merged, the last one beside it."""
+    rows, path = real_rows("huanhuan.json", tmp_path)
+    base = build_base(tmp_path / "base", [row["instruction"] + row["output"] for row in rows], vocab_size=2000)
+    recipe = ROOT / "configs/recipes/qwen1.5-14b-lora.yaml"
+    overrides = [
+        f"model.name_or_path={base}",
+        f"data.train={path}",
+        "data.format=alpaca",
+        f"run.output_dir={tmp_path / 'runs'}",
+        *SMALL,
+        "train.eval_steps=2",
+        "train.warmup_steps=1",
+        "train.learning_rate=0.5",  # too high: the loss rises again
+    ]
+    directory = tmp_path / "runs" / recipe.stem
+    killed_and_continued(recipe, overrides, directory, evaluated=[0, 2, 4, 6, 8])
+    losses = {r["step"]: r["loss"] for r in runs.read_metrics(directory) if r["kind"] == "evaluation" and r["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    report = json.loads((directory / "merged/merge_report.json").read_text(encoding="utf-8"))
+    assert report["step"] == best
+    assert (directory / "endpoint").exists() == (best != 8)
+    tokenizer = AutoTokenizer.from_pretrained(directory / "merged")
+    question = [{"role": "user", "content": rows[0]["instruction"]}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    merged = AutoModelForCausalLM.from_pretrained(directory / "merged", dtype=torch.float32)
+    assert merged.generate(**prompt, max_new_tokens=8, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("config", ["zero3", "zero2"])
+def test_a_module_of_ones_own_in_the_manner_of_chatglm(config: str, tmp_path: Path) -> None:
+    """Its weights come from a .pth file and end in one, which the user's own class takes."""
+    rows, path = real_rows("alpaca_zh_demo.json", tmp_path)
+    build_tokenizer([row["instruction"] + row["input"] + row["output"] for row in rows]).save_pretrained(
+        tmp_path / "tokenizer"
+    )
+    torch.manual_seed(0)
+    torch.save(own_model.build().state_dict(), tmp_path / "own.pth")
+    recipe = ROOT / "configs/recipes/chatglm-6b-own-model.yaml"
+    overrides = [
+        f"model.factory={own_model.__file__}:build",
+        f"model.name_or_path={tmp_path / 'own.pth'}",
+        f"model.tokenizer={tmp_path / 'tokenizer'}",
+        f"data.train={path}",
+        f"run.output_dir={tmp_path / 'runs'}",
+        *SMALL,
+        "data.max_dropped_share=1",  # what is long in 600 tokens is not in ChatGLM's 130,000
+    ]
+    directory = tmp_path / "runs" / recipe.stem
+    said = killed_and_continued(recipe, overrides, directory, config=config)
+    assert "padded: OwnModel takes no position_ids or logits_to_keep" in said
+    base, merged = own_model.build(), own_model.build()
+    base.load_state_dict(torch.load(tmp_path / "own.pth", weights_only=True))
+    merged.load_state_dict(torch.load(directory / "merged/model.pth", weights_only=True))
+    prompt = torch.tensor([[5, 17, 30, 8]])
+    with torch.no_grad():
+        before, found = base(prompt)[0], merged(prompt)[0]
+        expected = PeftModel.from_pretrained(base, directory / "adapter").eval()(input_ids=prompt)[0]
+    assert (expected - before).abs().max() > 0.05, "the adapter must matter"
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
 
 
 def test_bluelm_on_the_lines_of_one_character(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 import math
 import os
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from conftest import World, deepspeed_json, run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from launch import job, runs
@@ -66,3 +67,15 @@ def test_bad_steps_in_a_row_end_the_run(world: World, capfd: pytest.CaptureFixtu
     assert "Failed: The last 3 steps were skipped, since their gradients were not finite" in captured.err
     assert "4 is the last saved step" in captured.err
     assert runs.read_status(world.run_directory("many"))["state"] == "failed"
+
+
+def test_a_base_that_says_nothing_finite_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run of few steps would otherwise skip all of them and call itself finished."""
+    broken = world.directory / "broken"
+    shutil.copytree(world.base, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    recipe = world.recipe("broken", model={"name_or_path": str(broken)}, train=SETTINGS)
+    assert run_ranks(1, train.main, [str(recipe)]) == [1]
+    assert "Failed: The held-out loss is nan before anything is trained" in capfd.readouterr().err

@@ -16,6 +16,7 @@ class TinyConfig(PretrainedConfig):
         num_hidden_layers: int = 2,
         num_attention_heads: int = 4,
         initializer_range: float = 0.2,
+        has_table: bool = False,
         **given: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -24,5 +25,6 @@ class TinyConfig(PretrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.initializer_range = initializer_range
+        self.has_table = has_table
         given.setdefault("tie_word_embeddings", False)
         super().__init__(**given)
