@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from launch import engine as engines
 from launch import preflight, runs
 from launch.data import conversations
-from launch.errors import DataError, PreflightError
+from launch.errors import DataError, ModelError, PreflightError
 from launch.formats import BadRowError, Conversation
 from launch.ledger import Work, render
 from launch.model import (
@@ -88,9 +88,19 @@ def answers(recipe: Recipe, num_rows: int, max_new_tokens: int) -> Iterator[Answ
         (tokens,) = tokenise([rendered], [is_last], tokenizer)
         ids, first = tokens.ids.tolist(), int(tokens.is_trained.argmax())
         end = tokens.answer_ends[-1]
-        made = _generate(model, ids[:first], ids[end], max_new_tokens, use_cache=not recipe.model.trust_remote_code)
+        try:
+            made = _generate(model, ids[:first], ids[end], max_new_tokens, use_cache=not recipe.model.trust_remote_code)
+        except Exception as error:
+            if not recipe.model.trust_remote_code:
+                raise
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise ModelError(
+                f"The base's own code failed in generate() with {type(error).__name__}: {reason}; what was trained is "
+                "not touched by that, and the adapter can be served with the versions that the code was written for."
+            ) from error
         is_cut = len(made) == max_new_tokens and made[-1] != ids[end]
-        texts = (tokenizer.decode(part, skip_special_tokens=True) for part in (made, ids[first : end + 1]))
+        known = [token for token in made if token < len(tokenizer)]  # a head may have rows that are no tokens
+        texts = (tokenizer.decode(part, skip_special_tokens=True) for part in (known, ids[first : end + 1]))
         answer, reference = (text.strip() for text in texts)
         prompt = rendered.text[: rendered.answers[-1][0]]
         yield Answer(row_id, name, prompt, answer + "..." if is_cut else answer, reference)

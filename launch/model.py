@@ -212,18 +212,27 @@ def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
 
 
 def _fill_tables(model: PreTrainedModel) -> None:
-    """Compute the buffers that no checkpoint has, such as those of rotary positions.
+    """Compute the tensors that no checkpoint has, such as those of rotary positions: buffers and plain attributes.
 
     Outside zero.Init transformers 5 builds on the meta device, where they come out unfilled, and knows how to fill
     those of its own models only. Weights that nothing initialises take no memory here.
     """
     in_file = model.state_dict().keys()
-    tables = {name: buffer for name, buffer in model.named_buffers() if name not in in_file}
-    if tables:
-        with no_init_weights():
-            computed = dict(type(model)(model.config).named_buffers())
-        for name, buffer in tables.items():
-            buffer.copy_(computed[name])
+    buffers = [name for name, _ in model.named_buffers() if name not in in_file]
+    attributes = [
+        (path, name)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    ]
+    if not buffers and not attributes:
+        return
+    with no_init_weights():
+        computed = type(model)(model.config)
+    for name in buffers:
+        model.get_buffer(name).copy_(computed.get_buffer(name))
+    for path, name in attributes:
+        setattr(model.get_submodule(path), name, getattr(computed.get_submodule(path), name))
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:

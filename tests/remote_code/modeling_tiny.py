@@ -68,10 +68,10 @@ class TinyModel(TinyPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TinyLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
-        if config.has_table:  # which no checkpoint has
-            self.register_buffer(
-                "table", torch.arange(config.hidden_size).float() / config.hidden_size, persistent=False
-            )
+        if config.has_table:  # what no checkpoint has
+            table = torch.arange(config.hidden_size).float() / config.hidden_size
+            self.register_buffer("table", table, persistent=False)
+            self.shift = 1 - table  # not even a buffer
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -85,7 +85,7 @@ class TinyModel(TinyPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
     ) -> BaseModelOutput:
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        hidden = hidden * self.table if self.config.has_table else hidden
+        hidden = hidden * self.table + self.shift if self.config.has_table else hidden
         seq = hidden.shape[1]
         visible = torch.ones(seq, seq, dtype=torch.bool, device=hidden.device).tril()[None, None]
         if attention_mask is not None:
