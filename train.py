@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from launch import batching, preemption, preflight, runs
 from launch import checkpoint as checkpoints
@@ -49,12 +50,13 @@ from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
 from launch.report import RunLog, closing_lines, start_up_banner
 from launch.samples import Samples
-from launch.saving import Saves
+from launch.saving import Saves, check_room
 from launch.starting_adapter import fingerprint_starting_adapter, start_from
 from launch.vocabulary import check_added_are_trained, fit_vocabulary, load_unquantised
+from launch.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    pass
+    from peft import PeftModel  # launch/__init__.py comes first: importing PEFT is not quiet
 
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
@@ -91,10 +93,14 @@ def main(arguments: Sequence[str]) -> int:
         runs.write_end(directory, state, str(error))
         return 1
     except Exception as error:
-        if runs.read_status(directory).get("state") != "failed":  # the first rank to fail tells the cause
-            reason = f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}"
-            runs.write_status(directory, "failed", reason)
+        write_failure(directory, f"{type(error).__name__}: {error}")
         raise
+
+
+def write_failure(directory: Path, reason: str) -> None:
+    """The first rank to fail tells the cause."""
+    if runs.read_status(directory).get("state") != "failed":
+        runs.write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}")
 
 
 def train(recipe: Recipe) -> None:
@@ -113,18 +119,12 @@ def train(recipe: Recipe) -> None:
     checkpoint = Resumable.read(Path(found["checkpoint"])) if found["checkpoint"] else None
 
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
-    base = load_base(found["base"], recipe.model, precision)
-    added = added_token_ids(tokenizer, found["base"], recipe.model)
-    fit_vocabulary(base, tokenizer, added, recipe.model)
-    adapter = with_token_ids(recipe.adapter, added)
-    model = add_adapter(base, adapter, base=found["base"], seed=recipe.train.seed, dtype=DTYPES[precision])
-    check_added_are_trained(model, tokenizer, added)
-    start_from(recipe.adapter, found["identity"]["init_from_sha256"], model)
-    generation_config = serving_generation_config(base, found["end_token_ids"])
-    if recipe.merges:
-        merging.plan_merge(model)  # refuses now what it could not merge at the end
-    if recipe.train.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
+    base, model, added = adapted_base(recipe, found, tokenizer, precision)
+    dtype_name = merging.choose_dtype(recipe.run.merge_dtype, precision)
+    if accelerator.is_main_process:
+        num_trained, num_parameters = engines.count_parameters(model)
+        merged_bytes = num_parameters * merging.DTYPES[dtype_name].itemsize if recipe.merges else 0
+        check_room(recipe.run_directory, num_trained, keep=recipe.train.save_total_limit, merged_bytes=merged_bytes)
     engine = engines.start_engine(accelerator, model, recipe.train)
     if checkpoint is not None:
         checkpoints.restore(checkpoint, engine)
@@ -134,7 +134,14 @@ def train(recipe: Recipe) -> None:
         recipe.train.packing, recipe.adapter.num_virtual_tokens, engine, base, samples, accelerator.device
     )
     accepts = forward_arguments(base)
-    job = Job(recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, found["identity"])
+    watchdog = Watchdog(
+        recipe.run.hang_seconds,
+        recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
+        lambda reason: write_failure(recipe.run_directory, reason),
+    )
+    job = Job(
+        recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, found["identity"], watchdog
+    )
     if accelerator.is_main_process:
         resumed_after = checkpoint.step if checkpoint else None
         banner = start_up_banner(job, f"{precision}: {precision_reason}", found["rows"], packing, resumed_after)
@@ -142,20 +149,25 @@ def train(recipe: Recipe) -> None:
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     accelerator.init_trackers(recipe.run.name)
     evaluations: list[dict[str, Any]] = found["evaluations"]
-    if not optimizer_steps(job, checkpoint, evaluations):
+    is_done = optimizer_steps(job, checkpoint, evaluations)
+    watchdog.close()
+    if not is_done:
         accelerator.end_training()
         return
 
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
+    if accelerator.is_main_process:
+        word = "asked to stop while merging; every step is saved"
+        preemption.end_when_asked(lambda: runs.write_status(recipe.run_directory, "preempted", word))
     chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
         unquantised = functools.partial(load_unquantised, found["base"], recipe.model, tokenizer, added)
         merging.merge(
             model,
             tokenizer,
-            generation_config,
+            serving_generation_config(base, found["end_token_ids"]),
             recipe.run_directory / "merged",
-            dtype_name=merging.choose_dtype(recipe.run.merge_dtype, precision),
+            dtype_name=dtype_name,
             max_shard_size_bytes=recipe.run.max_shard_size_bytes,
             facts={"step": chosen, "base": found["base"]},
             load_unquantised=unquantised if recipe.model.load_in_4bit else None,
@@ -164,6 +176,24 @@ def train(recipe: Recipe) -> None:
     if accelerator.is_main_process:
         runs.write_status(recipe.run_directory, "finished", "every step is done", step=job.total_steps)
         print(closing_lines(recipe), flush=True)
+
+
+def adapted_base(
+    recipe: Recipe, found: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, precision: str
+) -> tuple[torch.nn.Module, "PeftModel", set[int]]:
+    """(the base, the adapter on it, the token ids that were added to the base); a collective."""
+    base = load_base(found["base"], recipe.model, precision)
+    added = added_token_ids(tokenizer, found["base"], recipe.model)
+    fit_vocabulary(base, tokenizer, added, recipe.model)
+    adapter = with_token_ids(recipe.adapter, added)
+    model = add_adapter(base, adapter, base=found["base"], seed=recipe.train.seed, dtype=DTYPES[precision])
+    check_added_are_trained(model, tokenizer, added)
+    start_from(recipe.adapter, found["identity"]["init_from_sha256"], model)
+    if recipe.merges:
+        merging.plan_merge(model)  # refuses now what it could not merge at the end
+    if recipe.train.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return base, model, added
 
 
 def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[dict[str, Any]]) -> bool:

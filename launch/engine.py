@@ -347,6 +347,12 @@ def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     return tuple(quantised.shape if quantised is not None else getattr(parameter, "ds_shape", parameter.shape))
 
 
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(those that are trained, all), whole, partitioned or not."""
+    counts = [(math.prod(whole_shape(parameter)), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, is_trained in counts if is_trained), sum(count for count, _ in counts)
+
+
 def bytes_on_this_rank(engine: Engine) -> dict[str, int]:
     """Bytes that this rank keeps between steps: its weights, and the optimizer's masters and moments."""
     weights = 0

@@ -17,6 +17,7 @@ from launch import engine as engines
 from launch.packing import batch_loss, collate
 from launch.recipe import Recipe
 from launch.samples import Samples
+from launch.watchdog import Watchdog
 from metrics.tokens import TokenCounts, counts_from_sums
 
 
@@ -34,6 +35,7 @@ class Job:
     packed: bool
     accepts: frozenset[str]  # by name, what the base model's forward can be given
     identity: dict[str, Any]
+    watchdog: Watchdog
 
     @property
     def total_samples(self) -> int:
@@ -56,6 +58,7 @@ class Job:
 
     def loss(self, samples: Samples, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
         """(summed loss, its sums, cells computed) of one micro-batch."""
+        self.watchdog.hear()
         batch = collate(samples, ids, self.accelerator.device, packed=self.packed)
         virtual_columns = self.recipe.adapter.num_virtual_columns
         loss_sum, sums = batch_loss(self.engine, batch, accepts=self.accepts, virtual_columns=virtual_columns)

@@ -268,6 +268,7 @@ class RunBlock(Block):
     merge_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # auto: the trained type, 16-bit for fp32
     max_shard_size_bytes: int = Field(4_000_000_000, ge=1)
     max_failed_saves: int = Field(3, ge=0)  # in a row, before the run stops
+    hang_seconds: float = Field(900.0, gt=0)  # without a micro-batch, before a rank ends itself
     process_group_timeout_seconds: int = Field(1800, ge=10)
 
 

@@ -1,6 +1,5 @@
 """What a run says: the start-up banner, one calm line per logging interval, metrics.jsonl, the trackers."""
 
-import math
 import resource
 import sys
 import time
@@ -153,9 +152,8 @@ def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, resu
     """The batch arithmetic, the precision and why, and what each rank holds; `resumed_after` a step, or None."""
     recipe, settings, samples = job.recipe, job.recipe.train, job.samples
     first_ids = batching.step_samples(0, len(samples), settings.global_batch_size, job.total_samples, settings.seed)
-    sizes = {name: math.prod(engines.whole_shape(p)) for name, p in job.engine.module.named_parameters()}
-    trained = [name for name, _ in engines.trainable_parameters(job.engine)]
-    trainable, total, kinds = sum(sizes[name] for name in trained), sum(sizes.values()), trained_kinds(trained)
+    trainable, total = engines.count_parameters(job.engine.module)
+    kinds = trained_kinds(name for name, _ in engines.trainable_parameters(job.engine))
     held = engines.bytes_on_this_rank(job.engine)
     stage = job.engine.zero_optimization_stage()
     start = "from step 0" if resumed_after is None else f"resumed after step {resumed_after}"

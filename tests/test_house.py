@@ -16,7 +16,7 @@ HOUSE = Path(__file__).resolve().parent.parent
 # A module imports only from the rows above its own.
 LAYERS = (
     "launch launch.errors launch.table launch.recipe metrics metrics.tokens",
-    "launch.config launch.plan launch.runs launch.preemption launch.batching launch.samples launch.remote_code",
+    "launch.config launch.runs launch.preemption launch.watchdog launch.batching launch.samples launch.remote_code",
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",
     "launch.formats launch.tokens",
     "launch.ledger",

@@ -75,6 +75,54 @@ def test_a_stop_in_the_middle_loses_nothing(
     assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in theirs]
 
 
+def stopped_dead(step: int, arguments: list[str]) -> int:
+    """train.py's main; the last rank stops itself, as a debugger or a bad node would, before it makes this step."""
+    real_step, steps = train.engines.step, 0
+
+    def watched_step(*given: Any) -> tuple[float, bool]:
+        nonlocal steps
+        steps += 1
+        if steps == step and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return real_step(*given)
+
+    train.engines.step = watched_step
+    return train.main(arguments)
+
+
+def test_a_rank_that_waits_for_a_stopped_one_ends_with_its_stacks(world: World) -> None:
+    recipe = world.recipe("hung", train=SETTINGS, run={"hang_seconds": 3})
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match="exit code 1 and no result"):
+        run_ranks(2, stopped_dead, 3, [str(recipe)])
+    assert time.monotonic() - start < 30
+    directory = world.run_directory("hung")
+    status = runs.read_status(directory)
+    assert status["state"] == "failed"
+    assert status["reason"].startswith("rank 0: no progress for 3 s; the stacks are in")
+    stacks = (directory / "logs" / "stacks-of-rank-0.txt").read_text(encoding="utf-8")
+    assert "in optimizer_steps" in stacks
+    launch(recipe, 2)
+    assert runs.read_status(directory)["state"] == "finished"
+
+
+def ended_in_the_merge(arguments: list[str]) -> None:
+    signalled_at("merge", 1, [signal.SIGTERM], train.merging, arguments)
+
+
+def test_a_stop_during_the_merge_leaves_the_merge_to_do(world: World) -> None:
+    recipe = world.recipe("merging", train=SETTINGS, run={"merge": True})
+    with pytest.raises(AssertionError, match="exit code 143"):
+        run_ranks(1, ended_in_the_merge, [str(recipe)])
+    directory = world.run_directory("merging")
+    status = runs.read_status(directory)
+    assert (status["state"], status["reason"]) == ("preempted", "asked to stop while merging; every step is saved")
+    assert not (directory / "merged").exists()
+    launch(recipe, 1)
+    assert (directory / "merged" / "model.safetensors").exists()
+    assert runs.read_status(directory)["state"] == "finished"
+
+
 def ended_in_preparation(arguments: list[str]) -> None:
     signalled_at("publish", 1, [signal.SIGTERM], data.Prepared, arguments)
 

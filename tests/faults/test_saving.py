@@ -125,3 +125,17 @@ def test_saves_that_keep_failing_end_the_run(world: World, capfd: pytest.Capture
     assert run_ranks(1, limited, 3000, [str(recipe)]) == [1]
     assert "Failed: 3 saves in a row failed, the last one with: " in capfd.readouterr().err
     assert runs.read_status(world.run_directory("always-full"))["state"] == "failed"
+
+
+def with_little_room(arguments: list[str]) -> int:
+    """train.py's main on a disk that has 100 kB left."""
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5)
+    return train.main(arguments)
+
+
+def test_a_disk_without_room_is_refused_before_the_first_step(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe("little-room", train=SETTINGS, run={"merge": True})
+    assert run_ranks(1, with_little_room, [str(recipe)]) == [1]
+    said = capfd.readouterr().err
+    assert "Refused: " in said and "has room for 100 kB, but its 4 checkpoints of 14.3 kB and the merged model" in said
+    assert runs.read_status(world.run_directory("little-room"))["state"] == "refused"
