@@ -48,7 +48,7 @@ from launch.model import (
 )
 from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
-from launch.report import RunLog, closing_lines, start_up_banner
+from launch.report import RunLog, closing_lines, end_trackers, start_up_banner
 from launch.samples import Samples
 from launch.saving import Saves, check_room
 from launch.starting_adapter import fingerprint_starting_adapter, start_from
@@ -98,8 +98,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write_failure(directory: Path, reason: str) -> None:
-    """The first rank to fail tells the cause."""
-    if runs.read_status(directory).get("state") != "failed":
+    """The first rank to end tells the cause: the others only lose their peer."""
+    if runs.read_status(directory).get("state") in ("starting", "running"):
         runs.write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}")
 
 
@@ -152,7 +152,7 @@ def train(recipe: Recipe) -> None:
     is_done = optimizer_steps(job, checkpoint, evaluations)
     watchdog.close()
     if not is_done:
-        accelerator.end_training()
+        end_trackers(accelerator)
         return
 
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def train(recipe: Recipe) -> None:
             facts={"step": chosen, "base": found["base"]},
             load_unquantised=unquantised if recipe.model.load_in_4bit else None,
         )
-    accelerator.end_training()
+    end_trackers(accelerator)
     if accelerator.is_main_process:
         runs.write_status(recipe.run_directory, "finished", "every step is done", step=job.total_steps)
         print(closing_lines(recipe), flush=True)
@@ -229,8 +229,9 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
     held_out_batches = job.micro_batches(job.held_out, range(len(job.held_out)))
 
     def save(done: int) -> None:
-        best = runs.best_step(evaluations, settings.metric_for_best_model) if settings.load_best_model_at_end else None
-        saves.save(done, skipped_steps=skipped_steps, best_step=best)
+        known = list(evaluations) if settings.load_best_model_at_end else []
+        best = functools.partial(checkpoints.best_on_disk, recipe.run_directory, known, settings.metric_for_best_model)
+        saves.save(done, skipped_steps=skipped_steps, best=best)
 
     def evaluate_if_due(done: int) -> bool:
         """False when the run was asked to stop in the meantime; the next start makes up for it."""
@@ -302,8 +303,7 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
             saves.finish()
             raise TrainingError(
                 f"The last {bad_steps} steps were skipped, since their gradients were not finite; lower "
-                f"train.learning_rate, look at the rows, or raise train.max_bad_steps. {saves.good_step} is the last "
-                "saved step."
+                f"train.learning_rate, look at the rows, or raise train.max_bad_steps{saves.last_good()}."
             )
         if stop:
             return stopped_after(done)
@@ -320,11 +320,13 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
 def use_chosen_step(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> int:
     """The last step, or the best one put back into the engine if the recipe says so; its adapter is exported."""
     directory, settings, last = job.recipe.run_directory, job.recipe.train, job.total_steps
-    best = runs.best_step(evaluations, settings.metric_for_best_model) if settings.load_best_model_at_end else None
-    chosen = best or last
+    choice = torch.tensor(last, device=job.accelerator.device)
+    if settings.load_best_model_at_end and job.accelerator.is_main_process:
+        choice.fill_(checkpoints.best_verified(directory, evaluations, settings.metric_for_best_model, print) or last)
+    dist.broadcast(choice, src=0)
+    chosen = int(choice)
     path = checkpoints.path_of_step(directory, chosen)
     if chosen != last:
-        checkpoints.verify(path)
         checkpoints.restore(Resumable.read(path), job.engine)
     if job.accelerator.is_main_process:
         checkpoints.export_adapter(path, directory / "adapter")

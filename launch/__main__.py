@@ -75,9 +75,9 @@ def _check(recipe: Recipe) -> None:
     from launch.starting_adapter import fingerprint_starting_adapter
 
     preflight.check(recipe)
-    if recipe.model.name_or_path != TINY_MODEL_NAME:
-        transformers.logging.set_verbosity_error()  # remote code gives it much to remark on
-        check_adapter_fits(resolve_base(recipe), recipe)
+    transformers.logging.set_verbosity_error()  # remote code gives it much to remark on
+    is_tiny = recipe.model.name_or_path == TINY_MODEL_NAME
+    check_adapter_fits(TINY_MODEL_NAME if is_tiny else resolve_base(recipe), recipe)
     fingerprint_starting_adapter(recipe.adapter)
     with tempfile.TemporaryDirectory() as directory:
         report = prepare(recipe, Path(directory), lambda: tokenizer_and_template(recipe)).report

@@ -138,9 +138,9 @@ def check_targets(model: torch.nn.Module, adapter: AdapterBlock) -> None:
         for target in listed:
             if not any(path == target or path.endswith(f".{target}") for path in paths):
                 near = difflib.get_close_matches(target, names, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
+                hint = f"did you mean {near[0]}? It has" if near else "it has"
                 raise ConfigError(
-                    f"adapter.{key}: no module of the model is named {target!r}; {hint}It has {', '.join(names)}."
+                    f"adapter.{key}: no module of the model is named {target!r}; {hint} {', '.join(names)}."
                 )
     if adapter.rank_pattern or adapter.alpha_pattern or adapter.trainable_token_indices:
         config = _maybe_include_all_linear_layers(peft_config(adapter, _model_type(model), ""), model)

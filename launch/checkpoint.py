@@ -24,7 +24,7 @@ from launch import engine as engines
 from launch.adapter import ADAPTER_NAME, exported_state
 from launch.errors import CheckpointError
 from launch.recipe import ADAPTERS, Recipe, RunBlock
-from launch.runs import write_json
+from launch.runs import best_step, write_json
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
@@ -111,8 +111,8 @@ def take_snapshot(
     return Snapshot(int(facts["step"]), tensors, adapter, state, model.peft_config[ADAPTER_NAME], tokenizer)
 
 
-def write_snapshot(run_directory: Path, snapshot: Snapshot, *, keep: int, best_step: int | None = None) -> None:
-    """Publish the checkpoint, then delete all but the newest `keep` and the one of `best_step`."""
+def write_snapshot(run_directory: Path, snapshot: Snapshot, *, keep: int, best: Callable[[], int | None]) -> None:
+    """Publish the checkpoint, then delete all but the newest `keep` and that of the step which `best` then names."""
 
     def write_files(directory: Path) -> None:
         save_file(snapshot.tensors, directory / "optimizer.safetensors")
@@ -122,9 +122,34 @@ def write_snapshot(run_directory: Path, snapshot: Snapshot, *, keep: int, best_s
         write_json(directory / "state.json", snapshot.state)
 
     publish(path_of_step(run_directory, snapshot.step), write_files, {"format": FORMAT, "step": snapshot.step})
+    best_step = best()
     for old in _by_step(checkpoints_directory(run_directory))[:-keep]:
         if best_step is None or old != path_of_step(run_directory, best_step):
             unpublish(old)
+
+
+def best_on_disk(run_directory: Path, evaluations: Sequence[Mapping[str, Any]], metric: str) -> int | None:
+    """The best evaluated step that has a checkpoint: a save may have failed, or been deleted before it was the best."""
+    there = [record for record in evaluations if path_of_step(run_directory, record["step"]).is_dir()]
+    return best_step(there, metric)
+
+
+def best_verified(
+    run_directory: Path, evaluations: Sequence[Mapping[str, Any]], metric: str, say: Callable[[str], None]
+) -> int | None:
+    """The best evaluated step whose checkpoint verifies; one that does not is set aside. For rank zero."""
+    while (best := best_on_disk(run_directory, evaluations, metric)) is not None:
+        path = path_of_step(run_directory, best)
+        try:
+            verify(path)
+        except CheckpointError as error:
+            say(f"{error} It is set aside as {_set_aside(path).name}; the next best one is taken.")
+            continue
+        wanted = best_step(evaluations, metric)
+        if wanted != best:
+            say(f"Step {wanted} has the best held-out {metric}, but no checkpoint; {best} is the best that has one.")
+        return best
+    return None
 
 
 def publish(target: Path, write_files: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
@@ -192,10 +217,7 @@ def find_resumable(run_directory: Path, say: Callable[[str], None]) -> Resumable
         try:
             manifest = verify(path)
         except CheckpointError as error:
-            aside = path.with_name(f"{path.name}.corrupt")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            say(f"{error} It is set aside as {aside.name}; the one before it is tried.")
+            say(f"{error} It is set aside as {_set_aside(path).name}; the one before it is tried.")
             continue
         if manifest.get("format") != FORMAT:
             raise CheckpointError(
@@ -209,6 +231,12 @@ def find_resumable(run_directory: Path, say: Callable[[str], None]) -> Resumable
             "start from the beginning."
         )
     return None
+
+
+def _set_aside(path: Path) -> Path:
+    aside = path.with_name(f"{path.name}.corrupt")
+    shutil.rmtree(aside, ignore_errors=True)
+    return path.rename(aside)
 
 
 def export_adapter(checkpoint: Path, target: Path) -> None:

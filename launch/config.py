@@ -111,6 +111,8 @@ def _sentence(path: Path, error: ValidationError) -> str:
         known = [_where([*first["loc"][:-1], name]) for name in owner.model_fields]
         key = str(first["loc"][-1])
         elsewhere = [f"{block}.{key}" for block in Recipe.model_fields if key in _owner((block,)).model_fields]
+        if where in elsewhere:  # only the adapter block has kinds
+            return f"{path}: {where} belongs to adapter.type = lora; the valid ones here are {_choices(owner)}."
         near = elsewhere or difflib.get_close_matches(where, known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
         return f"{path}: {where} is not a recipe key; {hint}The valid ones here are {_choices(owner)}."
@@ -120,7 +122,7 @@ def _sentence(path: Path, error: ValidationError) -> str:
         return f"{path}: {where + ': ' if where else ''}{first['ctx']['error']}."
     if first["type"] == "union_tag_invalid":
         return f"{path}: {where}.type = {first['ctx']['tag']!r} is not valid; the valid ones are {', '.join(ADAPTERS)}."
-    reason = first["msg"][0].lower() + first["msg"][1:]
+    reason = first["msg"][0].lower() + first["msg"][1:].replace("valid tuple", "list, as in [a, b]")
     return f"{path}: {where} = {first['input']!r} is not valid: {reason}."
 
 
@@ -130,6 +132,7 @@ def _where(location: Sequence[int | str]) -> str:
         part
         for place, part in enumerate(location)
         if not (place == 1 and location[0] == "adapter" and part in ADAPTERS)
+        and not (isinstance(part, str) and not part.isidentifier())  # pydantic's name for a choice of types
     ]
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
 

@@ -109,8 +109,14 @@ def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
         log_with=list(recipe.run.report_to) or None,
         project_dir=str(recipe.run_directory / "logs"),
     )
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage == 3 and recipe.model.load_in_4bit and getattr(recipe.adapter, "use_dora", False):
+        raise PreflightError(
+            "adapter.use_dora on a base in 4 bits takes the shares that ZeRO-3 leaves of its weights for whole ones; "
+            "start with --config_file configs/accelerate/zero2.yaml, or set adapter.use_dora: false."
+        )
     # No dataloader is prepared, so accelerate cannot fill these; "auto" clipping would silently become 1.0.
-    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    settings = plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = 1
     settings["train_batch_size"] = accelerator.num_processes
     settings["gradient_clipping"] = recipe.train.max_grad_norm
@@ -161,6 +167,8 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
         raise PreflightError(
             "fp16 would train without a dynamic loss scaler; set fp16.loss_scale to 0 in the DeepSpeed JSON."
         )
+    if engine.fp16_enabled():
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # train.max_bad_steps decides, for any precision
     return engine
 
 
@@ -182,6 +190,7 @@ def _adamw(model: torch.nn.Module, train: TrainBlock) -> torch.optim.Optimizer:
             torch.optim.AdamW,
             loraplus_lr_ratio=train.loraplus_lr_ratio,
             loraplus_weight_decay=train.weight_decay,
+            loraplus_lr_embedding=train.learning_rate,
             **options,
         )
         optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]  # DeepSpeed's wish

@@ -42,7 +42,8 @@ def load_factory(factory: str) -> Callable[[], object]:
     if not callable(function):
         functions = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ModelError(
-            f"model.factory = {factory}: {path.name} has no function {function_name}; it has {', '.join(functions)}."
+            f"model.factory = {factory}: {path.name} has no function {function_name}; it has "
+            f"{', '.join(functions) or 'none'}."
         )
     built: Callable[[], object] = function
     return built

@@ -13,7 +13,7 @@ from launch import engine as engines
 from launch import preflight, runs
 from launch.data import conversations
 from launch.errors import DataError, ModelError, PreflightError
-from launch.formats import BadRowError, Conversation
+from launch.formats import BadRowError
 from launch.ledger import Work, render
 from launch.model import (
     added_token_ids,
@@ -25,6 +25,7 @@ from launch.model import (
 )
 from launch.recipe import Recipe
 from launch.remote_code import check_remote_code
+from launch.templates import Rendered
 from launch.tokens import special_pattern, tokenise
 from launch.vocabulary import fit_vocabulary
 
@@ -82,8 +83,7 @@ def answers(recipe: Recipe, num_rows: int, max_new_tokens: int) -> Iterator[Answ
         )
     work = Work(recipe.data, {}, template, tokenizer, special_pattern(tokenizer))
     model, name = _load(recipe, tokenizer)
-    for row_id, conversation in _chosen(recipe, num_rows):
-        rendered = render(conversation, work, row_id)
+    for row_id, rendered in _chosen(recipe, work, num_rows):
         is_last = [False] * (len(rendered.answers) - 1) + [True]
         (tokens,) = tokenise([rendered], [is_last], tokenizer)
         ids, first = tokens.ids.tolist(), int(tokens.is_trained.argmax())
@@ -122,15 +122,26 @@ def _load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTraine
     return model.to(device).eval(), f"{name}, {precision} on {device.type}"
 
 
-def _chosen(recipe: Recipe, num_rows: int) -> list[tuple[str, Conversation]]:
-    """The first held-out rows; the first rows where none is held out. Raises DataError for one that is gone."""
+def _chosen(recipe: Recipe, work: Work, num_rows: int) -> list[tuple[str, Rendered]]:
+    """The first held-out rows; the first that can be used where none is. Raises DataError for one that is gone."""
     names = (recipe.run_directory / "evaluation_rows.txt").read_text(encoding="utf-8").splitlines()[:num_rows]
-    usable = ((row_id, found) for row_id, found in conversations(recipe) if not isinstance(found, BadRowError))
-    chosen = list(islice((pair for pair in usable if not names or pair[0] in names), len(names) or num_rows))
+    usable = (pair for pair in _rendered(recipe, work) if not names or pair[0] in names)
+    chosen = list(islice(usable, len(names) or num_rows))
     gone = set(names) - {row_id for row_id, _ in chosen}
     if gone:
         raise DataError(f"{min(gone)} was held out by the run and is not among its rows any more; give them back.")
     return chosen
+
+
+def _rendered(recipe: Recipe, work: Work) -> Iterator[tuple[str, Rendered]]:
+    """The rows that are not dropped."""
+    for row_id, conversation in conversations(recipe):
+        try:
+            if isinstance(conversation, BadRowError):
+                raise conversation
+            yield row_id, render(conversation, work, row_id)
+        except BadRowError:
+            continue  # data_report.json and quarantine.jsonl of the run have it
 
 
 @torch.no_grad()

@@ -26,10 +26,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from launch import factory, tiny
 from launch.adapter import check_targets, with_token_ids
-from launch.errors import ModelError, TemplateError
+from launch.errors import ConfigError, ModelError, TemplateError
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
+from launch.packing import forward_arguments
 from launch.quantisation import check_usable, is_quantised, keep_layout, quantisation
-from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
+from launch.recipe import TINY_MODEL_NAME, LoraBlock, ModelBlock, PrefixTuningBlock, Recipe
 from launch.remote_code import loading_class
 from launch.templates import ChatTemplate, load_chat_template
 
@@ -132,7 +133,8 @@ def fingerprint_base(base: str, model: ModelBlock) -> str:
 def check_adapter_fits(base: str, recipe: Recipe) -> None:
     """Find a misspelt target before the weights are read, on a model without weights, and that they can be quantised.
 
-    Of a factory's model the names and shapes of the weights are compared as well. `add_adapter` checks again.
+    Of a factory's model the names and shapes of the weights are compared as well. `base` may be the name of the tiny
+    one, which need not have been built. `add_adapter` checks again.
     """
     if recipe.model.factory is not None:
         skeleton = factory.build_skeleton(recipe.model.factory)
@@ -147,7 +149,9 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
     if recipe.model.load_in_4bit:
         check_usable()
     settings = recipe.model
-    config = _config(base, settings)
+    config = (
+        tiny.tiny_config(tiny.build_tiny_tokenizer(TINY_ROWS)) if base == TINY_MODEL_NAME else _config(base, settings)
+    )
     reference = _auto_map(config).get(loading_class(config.model_type, _auto_map(config)))
     if settings.trust_remote_code and reference:
         with _loading(f"The base model {base}", settings):
@@ -166,8 +170,28 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
         note = f"{model_class.__name__} cannot be made without weights, so its targets are checked with them"
         print(f"{note}: {type(error).__name__}: {_first_line(error)}", file=sys.stderr, flush=True)
         return
+    check_skeleton(skeleton, recipe)
+
+
+def check_skeleton(skeleton: PreTrainedModel, recipe: Recipe) -> None:
+    """Raises ConfigError for an adapter that does not fit the model, which needs no weights."""
+    adapter = recipe.adapter
     any_token = {0}  # which ones are added is known once the tokenizer is there
-    check_targets(skeleton, with_token_ids(recipe.adapter, any_token))
+    check_targets(skeleton, with_token_ids(adapter, any_token))
+    if isinstance(adapter, PrefixTuningBlock) and "past_key_values" not in forward_arguments(skeleton):
+        raise ConfigError(
+            f"adapter.type = prefix_tuning needs a forward that takes past_key_values, and that of "
+            f"{type(skeleton).__name__} does not; take another adapter.type."
+        )
+    if isinstance(adapter, LoraBlock) and recipe.model.load_in_4bit:
+        head = skeleton.get_output_embeddings()
+        for path, module in skeleton.named_modules():
+            saved = any(path == name or path.endswith(f".{name}") for name in adapter.modules_to_save)
+            if saved and isinstance(module, torch.nn.Linear) and module is not head:
+                raise ConfigError(
+                    f"adapter.modules_to_save: {path} is in 4 bits, which cannot be trained; make it one of "
+                    "adapter.target_modules, or set model.load_in_4bit to false."
+                )
 
 
 def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
@@ -205,7 +229,7 @@ def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
         )
     if model.load_in_4bit:
         keep_layout(loaded)
-    if model.trust_remote_code and not is_deepspeed_zero3_enabled():
+    if model.trust_remote_code and (model.load_in_4bit or not is_deepspeed_zero3_enabled()):
         _fill_tables(loaded)
     assert isinstance(loaded, torch.nn.Module)
     return loaded
@@ -214,8 +238,9 @@ def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
 def _fill_tables(model: PreTrainedModel) -> None:
     """Compute the tensors that no checkpoint has, such as those of rotary positions: buffers and plain attributes.
 
-    Outside zero.Init transformers 5 builds on the meta device, where they come out unfilled, and knows how to fill
-    those of its own models only. Weights that nothing initialises take no memory here.
+    Outside zero.Init, where what is quantised is built as well, transformers 5 builds on the meta device, where they
+    come out unfilled, and knows how to fill those of its own models only. Weights that nothing initialises take no
+    memory here.
     """
     in_file = model.state_dict().keys()
     buffers = [name for name, _ in model.named_buffers() if name not in in_file]

@@ -46,6 +46,7 @@ def check_model(model: ModelBlock) -> None:
         for key, file in (("name_or_path", name), ("factory", model.factory.rpartition(":")[0])):
             if not Path(file).expanduser().is_file():
                 raise ModelError(f"model.{key} = {getattr(model, key)}: there is no file {file}.")
+        _check_tokenizer(model)
         return
     path = Path(name).expanduser()
     if path.is_dir():
@@ -53,6 +54,8 @@ def check_model(model: ModelBlock) -> None:
             raise ModelError(f"model.name_or_path = {name} is a directory without a config.json.")
         check_remote_code(model, path, None)
         return
+    if path.is_file():
+        raise ModelError(f"model.name_or_path = {name} is a file, which only a model.factory can be filled from.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"model.name_or_path = {name} does not exist; give a directory, a hub id (owner/name) or {TINY_MODEL_NAME}."
@@ -68,3 +71,21 @@ def check_model(model: ModelBlock) -> None:
     if not (snapshot / "config.json").is_file():
         raise ModelError(f"model.name_or_path = {name} is on the hub, but without a config.json.")
     check_remote_code(model, snapshot, snapshot.name)  # a snapshot is named after its commit
+
+
+def _check_tokenizer(model: ModelBlock) -> None:
+    """That of a factory, which may bring code of its own as well."""
+    assert model.tokenizer is not None
+    path = Path(model.tokenizer).expanduser()
+    if path.is_dir():
+        check_remote_code(model, path, None)
+        return
+    try:
+        files = ["tokenizer_config.json"]
+        snapshot = Path(snapshot_download(model.tokenizer, revision=model.revision, allow_patterns=files))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ModelError(
+            f"model.tokenizer = {model.tokenizer} is no directory here and cannot be had from the hub: {reason}."
+        ) from None
+    check_remote_code(model, snapshot, snapshot.name)

@@ -267,7 +267,7 @@ class RunBlock(Block):
     merge: bool | None = None  # None: yes with LoRA; soft prompts cannot be merged
     merge_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # auto: the trained type, 16-bit for fp32
     max_shard_size_bytes: int = Field(4_000_000_000, ge=1)
-    max_failed_saves: int = Field(3, ge=0)  # in a row, before the run stops
+    max_failed_saves: int = Field(3, ge=1)  # in a row, before the run stops
     hang_seconds: float = Field(900.0, gt=0)  # without a micro-batch, before a rank ends itself
     process_group_timeout_seconds: int = Field(1800, ge=10)
 
@@ -310,6 +310,21 @@ class Recipe(Block):
 
     def _check_adapter(self) -> None:
         adapter = self.adapter
+        if (
+            isinstance(adapter, LoraBlock)
+            and adapter.use_dora
+            and self.model.load_in_4bit
+            and self.run.merge is not False
+        ):
+            raise ValueError(
+                "adapter.use_dora learns magnitudes of the weights as they are in 4 bits, so that it cannot be merged "
+                "into those in 16 bits; set run.merge: false, adapter.use_dora: false, or model.load_in_4bit: false"
+            )
+        if not isinstance(adapter, LoraBlock) and self.model.extra_special_tokens:
+            raise ValueError(
+                f"model.extra_special_tokens adds tokens whose rows adapter.type = {adapter.type} does not train; take "
+                "lora, or leave them out"
+            )
         if self.model.factory is not None:
             if not isinstance(adapter, LoraBlock):
                 raise ValueError(

@@ -27,7 +27,7 @@ def check_remote_code(model: ModelBlock, directory: Path, commit: str | None) ->
 
     `commit` is the hub's, None for a directory of the user's own.
     """
-    name = model.name_or_path
+    name = model.tokenizer_name_or_path
     config, tokenizer_config = (_read(directory / file) for file in ("config.json", "tokenizer_config.json"))
     asked = {"config.json": _of_model(config), "tokenizer_config.json": _of_tokenizer(tokenizer_config)}
     asked = {file: references for file, references in asked.items() if references}

@@ -39,6 +39,7 @@ class RunLog:
         self.is_rank_zero = accelerator.is_main_process
         self.total_steps = total_steps
         self.logging_steps = logging_steps
+        self._tracks = True
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -124,7 +125,7 @@ class RunLog:
         """What became of a checkpoint that was written beside the training."""
         if fault:
             self.say(f"save {done:>{len(str(self.total_steps))}}/{self.total_steps}  failed: {fault}; training goes on")
-        self._write("failed save" if fault else "written", done, {"seconds": seconds})
+        self._record("failed save" if fault else "written", done, {"seconds": seconds})  # trackers know no way back
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
@@ -140,12 +141,29 @@ class RunLog:
         self._bar.close()
 
     def _write(self, kind: str, done: int, record: Mapping[str, float | int | None]) -> None:
+        self._record(kind, done, record)
+        if self._tracks:
+            try:
+                self.accelerator.log({f"{kind}/{name}": value for name, value in record.items()}, step=done)
+            except Exception as error:  # whatever a tracker raises: a full disk, a lost network
+                self._tracks = False
+                self.say(f"The trackers get nothing more from step {done} on: {type(error).__name__}: {error}")
+
+    def _record(self, kind: str, done: int, record: Mapping[str, float | int | None]) -> None:
+        """A line of metrics.jsonl, which is no reason to lose the training."""
         if self.is_rank_zero:
             try:
                 runs.append_metrics(self.directory, {"kind": kind, "step": done, **record})
-            except OSError as error:  # no reason to lose the training, which does not read it
+            except OSError as error:
                 self.say(f"metrics.jsonl cannot be written: {error.strerror}; the figures of step {done} are lost")
-        self.accelerator.log({f"{kind}/{name}": value for name, value in record.items()}, step=done)
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Close the trackers, whatever they say to that, and leave the process group."""
+    try:
+        accelerator.end_training()
+    except Exception as error:
+        print(f"The trackers could not be closed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, resumed_after: int | None) -> str:

@@ -61,7 +61,7 @@ class Written:
 class Saves:
     """The checkpoints of a run. The gather is the only stall; at most one checkpoint is being written.
 
-    A save that fails (the disk is full, or broken) leaves nothing, and the training goes on without it until more than
+    A save that fails (the disk is full, or broken) leaves nothing, and the training goes on without it until
     `max_failed_saves` in a row have failed.
     """
 
@@ -93,14 +93,16 @@ class Saves:
         self._since = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Written] | None = None
+        self._write_last: Callable[[], None] | None = None
 
     def is_due_by_the_clock(self) -> bool:
         """Rank zero's clock, which the others hear of in the step's reduction."""
         return dist.get_rank() == 0 and time.monotonic() - self._since >= self._interval_seconds
 
-    def save(self, done: int, *, skipped_steps: int, best_step: int | None) -> None:
+    def save(self, done: int, *, skipped_steps: int, best: Callable[[], int | None]) -> None:
         """Save the state after `done` steps, unless that has been done; a collective.
 
+        The checkpoint of the step that `best` names, when this one is on disk, is kept however old it is.
         Raises CheckpointError when too many saves in a row have failed.
         """
         if done == self.saved_step:
@@ -115,8 +117,9 @@ class Saves:
             keep = self.settings.save_total_limit
 
             def write() -> None:
-                checkpoints.write_snapshot(self.run_directory, snapshot, keep=keep, best_step=best_step)
+                checkpoints.write_snapshot(self.run_directory, snapshot, keep=keep, best=best)
 
+            self._write_last = write
             self._writing = self._thread.submit(_timed, done, write)
         self.log.saving(done, stall_seconds)
         self._since = time.monotonic()
@@ -124,12 +127,19 @@ class Saves:
     def finish(self) -> None:
         """Wait until the last save is on disk; a collective. Raises CheckpointError when it is not."""
         self._settle()
+        if self.good_step != self.saved_step and self._write_last is not None:  # once more: room may have been made
+            self._writing = self._thread.submit(_timed, self.saved_step, self._write_last)
+            self._settle()
         if dist.get_rank() == 0 and self.good_step != self.saved_step:
             raise CheckpointError(
-                f"Step {self.saved_step} could not be saved; the last good checkpoint is that of step "
-                f"{self.good_step}. Make room in {self.run_directory} and run the same command again."
+                f"Step {self.saved_step} could not be saved{self.last_good()}. Make room in {self.run_directory} and "
+                "run the same command again."
             )
         dist.barrier()
+
+    def last_good(self) -> str:
+        """What a sentence about an end adds, on rank zero."""
+        return f"; the last good checkpoint is that of step {self.good_step}" if self.good_step else "; there is none"
 
     def _settle(self) -> None:
         """Wait for what is being written."""
@@ -138,15 +148,15 @@ class Saves:
         written, self._writing = self._writing.result(), None
         self.log.written(written.step, written.seconds, written.fault)
         if not written.fault:
-            self.good_step, self._failed_in_a_row = written.step, 0
+            self.good_step, self._failed_in_a_row, self._write_last = written.step, 0, None
             if self.settings.save_seconds is None:
                 self._interval_seconds = interval_seconds(written.seconds)
             return
         self._failed_in_a_row += 1
-        if self._failed_in_a_row > self.max_failed_saves:
+        if self._failed_in_a_row >= self.max_failed_saves:
             raise CheckpointError(
-                f"{self._failed_in_a_row} saves in a row failed, the last one with: {written.fault}. The last good "
-                f"checkpoint is that of step {self.good_step}; make room, or raise run.max_failed_saves."
+                f"{self._failed_in_a_row} saves in a row failed, the last one with: {written.fault}{self.last_good()}. "
+                "Make room, or raise run.max_failed_saves."
             )
 
 

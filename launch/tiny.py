@@ -123,8 +123,9 @@ def build_tiny_base(directory: Path, rows_path: Path, *, show_progress: bool = F
     return directory
 
 
-def _pretrained_model(tokenizer: Qwen2Tokenizer, show_progress: bool) -> Qwen2ForCausalLM:
-    config = Qwen2Config(
+def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2Config:
+    """What the tiny base is built by."""
+    return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=256,
@@ -138,6 +139,10 @@ def _pretrained_model(tokenizer: Qwen2Tokenizer, show_progress: bool) -> Qwen2Fo
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def _pretrained_model(tokenizer: Qwen2Tokenizer, show_progress: bool) -> Qwen2ForCausalLM:
+    config = tiny_config(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = Qwen2ForCausalLM(config)

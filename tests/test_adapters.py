@@ -162,6 +162,14 @@ def test_targets_that_match_nothing(world: World, targets: Any, sentence: str) -
             "throws the keys and values away that prefix_tuning is made of",
         ),
         ({"adapter": SOFT["prefix"] | {"encoder_hidden_size": 9}}, "set adapter.prefix_projection: true"),
+        (
+            {"adapter": {"type": "lora", "use_dora": True}, "model": {"load_in_4bit": True}},
+            "adapter.use_dora learns magnitudes of the weights as they are in 4 bits",
+        ),
+        (
+            {"adapter": SOFT["prompt"], "model": {"extra_special_tokens": ["<a>"]}},
+            "adds tokens whose rows adapter.type = prompt_tuning does not train",
+        ),
         ({"adapter": SOFT["prompt"] | {"prompt_tuning_init": "TEXT"}}, "prompt_tuning_init_text go together; set both"),
         (
             {"adapter": SOFT["prompt"], "train": {"max_tokens_per_micro_batch": 1024}},
@@ -187,6 +195,9 @@ def test_an_unknown_type_names_the_valid_ones(world: World) -> None:
         ConfigError, match=r"adapter\.num_vitual_tokens is not a recipe key; did you mean adapter\.num_virt"
     ):
         load_recipe(world.recipe("typo", adapter={"type": "p_tuning", "num_vitual_tokens": 3}))
+    overrides = ["adapter.type=prompt_tuning"]
+    with pytest.raises(ConfigError, match=r"belongs to adapter\.type = lora; the valid ones here are num_virtual"):
+        load_recipe(world.recipe("other-kind", adapter={"r": 8}), overrides)
     with pytest.raises(ConfigError, match=r"adapter\.r = 0 is not valid"):
         load_recipe(world.recipe("zero", adapter={"r": 0}))
 

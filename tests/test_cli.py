@@ -194,3 +194,19 @@ def test_tensorboard_gets_the_metrics(world: World) -> None:
     found = [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
     expected = [(record["step"], record["loss"]) for record in world.metrics("tracked", "train")]
     assert found == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in expected]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("adapter.target_modules=[nonsense]", "no module of the model is named 'nonsense'; it has "),
+        ("adapter.trainable_token_indices=[99999999]", "adapter.trainable_token_indices has 99999999, but the model"),
+        ("adapter.modules_to_save=lm_head", "should be a list, as in [a, b]"),
+        ("adapter.trainable_token_indices=addd", "adapter.trainable_token_indices = 'addd' is not valid"),
+        ("model.name_or_path=README.md", "README.md is a file, which only a model.factory can be filled from."),
+    ],
+)
+def test_check_looks_at_the_adapter_of_the_default_recipe(override: str, sentence: str) -> None:
+    code, _, error = python_m_launch("check", override)
+    assert code == 2
+    assert sentence in error

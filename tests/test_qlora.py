@@ -453,3 +453,26 @@ def test_a_template_whose_end_token_is_not_there_names_the_remedy(
     recipe = phi_recipe(phi, "endless", model={"extra_special_tokens": [], "eos_token": None, "pad_token": None})
     assert run_ranks(1, train.main, [str(recipe)]) == [1]
     assert "or add its end token with model.extra_special_tokens." in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("adapter", "sentence"),
+    [
+        ({"modules_to_save": ["embed_tokens", "lm_head", "dense"]}, "dense is in 4 bits, which cannot be trained"),
+        ({"use_dora": True}, "adapter.use_dora on a base in 4 bits takes the shares that ZeRO-3 leaves"),
+    ],
+)
+def test_what_4_bits_cannot_do_is_said_before_the_weights_are_read(
+    phi: World, adapter: dict[str, Any], sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = phi_recipe(phi, "cannot", adapter=adapter, run={"merge": False})
+    assert run_ranks(1, train.main, [str(recipe)]) == [1]
+    said = capfd.readouterr().err
+    assert said.startswith("Refused: ") and sentence in said
+
+
+@pytest.mark.slow
+def test_dora_on_4_bits_trains_where_each_rank_has_it_whole(phi: World, tmp_path: Path) -> None:
+    recipe = phi_recipe(phi, "dora", adapter={"use_dora": True}, train={"max_steps": 2}, run={"merge": False})
+    launch(recipe, 2, deepspeed=deepspeed_json(tmp_path, 2))
+    assert runs.read_status(phi.run_directory("dora"))["state"] == "finished"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import World, build_remote_base, deepspeed_json, launch, make_rows, run_ranks
+from conftest import ROOT, World, build_remote_base, deepspeed_json, launch, make_rows, run_ranks
 from deepspeed.utils import safe_get_full_grad
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -104,18 +104,26 @@ def logits_as_loaded(path: Path) -> np.ndarray:
     engines.quiet_libraries()
     engines.create_accelerator(recipe, "fp32")
     base = load_base(recipe.model.name_or_path, recipe.model, "fp32").eval()
+    assert all(torch.isfinite(buffer).all() for buffer in base.buffers())
     with engines.written_whole(base.parameters()), torch.no_grad():
         return base(input_ids=torch.arange(20)[None]).logits.numpy().copy()
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_what_no_checkpoint_has_is_computed(world: World, stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "in_4_bits"), [(2, False), pytest.param(3, False, marks=pytest.mark.slow), (3, True)]
+)
+def test_what_no_checkpoint_has_is_computed(world: World, stage: int, in_4_bits: bool, tmp_path: Path) -> None:
     """Plain from_pretrained of transformers 5 leaves it unfilled, and the loss of published models is then nan."""
     shutil.copytree(world.base, tmp_path / "base")
     config = json.loads((tmp_path / "base/config.json").read_text(encoding="utf-8")) | {"has_table": True}
     (tmp_path / "base/config.json").write_text(json.dumps(config), encoding="utf-8")
-    path = world.recipe("table", model=TRUST | {"name_or_path": str(tmp_path / "base")})
+    model = TRUST | {"name_or_path": str(tmp_path / "base"), "load_in_4bit": in_4_bits}
+    path = world.recipe("table", model=model)
     (found,) = run_ranks(1, logits_as_loaded, path, deepspeed=deepspeed_json(tmp_path, stage))
+    if in_4_bits:
+        (expected,) = run_ranks(1, logits_as_loaded, path, deepspeed=deepspeed_json(tmp_path, 2))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        return
     made = get_class_from_dynamic_module("modeling_tiny.TinyForCausalLM", str(tmp_path / "base"))
     whole = made(made.config_class.from_pretrained(tmp_path / "base")).eval()
     whole.load_state_dict(load_file(tmp_path / "base/model.safetensors"))
@@ -344,3 +352,19 @@ def test_a_run_from_the_hub_ends_with_a_model_that_stands_alone(
     ids = tokenizer("<s>[|Human|]:石 头[|AI|]:", add_special_tokens=False)["input_ids"]
     merged, adapted = run_ranks(1, logits_of_merged, directory, world.base, ids)[0]
     assert np.abs(merged - adapted).max() < 0.01 * np.abs(adapted).max()
+
+
+def test_prefix_tuning_needs_a_forward_that_takes_it(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe("prefix", model=TRUST, data={"template": "bluelm"}, adapter={"type": "prefix_tuning"})
+    assert run_ranks(1, train.main, [str(recipe)]) == [1]
+    said = capfd.readouterr().err
+    assert "needs a forward that takes past_key_values, and that of TinyForCausalLM does not" in said
+
+
+def test_the_tokenizer_of_a_factory_is_code_as_well(world: World) -> None:
+    weights = world.directory / "any.pth"
+    weights.write_bytes(b"")
+    factory = f"{ROOT / 'tests/own_model.py'}:build"
+    given = {"name_or_path": str(weights), "factory": factory, "tokenizer": str(world.base)}
+    with pytest.raises(ModelError, match=r"of .*/base asks for code of its own"):
+        check_model(ModelBlock(**given))

@@ -1,4 +1,4 @@
-"""Gradients that are not finite: the fault matrix, row 27 (row 28, the overflows of fp16, is in test_resume.py)."""
+"""Gradients that are not finite: the fault matrix, rows 27 and 28 (the scaler's own state is in test_resume.py)."""
 
 import math
 import os
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import World, deepspeed_json, run_ranks
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from safetensors.torch import load_file, save_file
 
 import train
@@ -35,6 +36,8 @@ def poisoned(steps: range, precision: str, arguments: list[str]) -> int:
         return loss, sums
 
     train.engines.step, job.batch_loss = counted_step, poisoned_loss
+    if precision == "fp16":
+        CPU_Accelerator.is_fp16_supported = lambda self: True
     return train.main([*arguments, f"train.precision={precision}"])
 
 
@@ -65,8 +68,17 @@ def test_bad_steps_in_a_row_end_the_run(world: World, capfd: pytest.CaptureFixtu
     captured = capfd.readouterr()
     assert "loss    nan" in captured.out
     assert "Failed: The last 3 steps were skipped, since their gradients were not finite" in captured.err
-    assert "4 is the last saved step" in captured.err
+    assert "the last good checkpoint is that of step 4" in captured.err
     assert runs.read_status(world.run_directory("many"))["state"] == "failed"
+
+
+def test_an_overflow_storm_is_bounded_by_the_same_number(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """DeepSpeed's scaler alone would raise when it can go no lower, with the 18th bad step."""
+    recipe = world.recipe("storm", train={"max_steps": 30, "max_bad_steps": 20, "save_steps": 100})
+    assert run_ranks(1, poisoned, range(1, 31), "fp16", [str(recipe)]) == [1]
+    captured = capfd.readouterr()
+    assert "skipped 20" in captured.out and "skipped 21" not in captured.out
+    assert "Failed: The last 20 steps were skipped" in captured.err and "there is none" in captured.err
 
 
 def test_a_base_that_says_nothing_finite_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,7 @@ def stopped_dead(step: int, arguments: list[str]) -> int:
     return train.main(arguments)
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_a_stopped_one_ends_with_its_stacks(world: World) -> None:
     recipe = world.recipe("hung", train=SETTINGS, run={"hang_seconds": 3})
     start = time.monotonic()

@@ -121,7 +121,7 @@ def test_a_failed_save_is_said_and_training_goes_on(
 
 
 def test_saves_that_keep_failing_end_the_run(world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    recipe = world.recipe("always-full", train=SETTINGS | {"save_steps": 1}, run={"max_failed_saves": 2})
+    recipe = world.recipe("always-full", train=SETTINGS | {"save_steps": 1}, run={"max_failed_saves": 3})
     assert run_ranks(1, limited, 3000, [str(recipe)]) == [1]
     assert "Failed: 3 saves in a row failed, the last one with: " in capfd.readouterr().err
     assert runs.read_status(world.run_directory("always-full"))["state"] == "failed"
@@ -139,3 +139,23 @@ def test_a_disk_without_room_is_refused_before_the_first_step(world: World, capf
     said = capfd.readouterr().err
     assert "Refused: " in said and "has room for 100 kB, but its 4 checkpoints of 14.3 kB and the merged model" in said
     assert runs.read_status(world.run_directory("little-room"))["state"] == "refused"
+
+
+def test_the_best_step_whose_save_failed_is_not_missed_for_ever(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The next best one that is on disk is taken, and said."""
+    settings = {"eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 0.3, "warmup_steps": 2}
+    recipe = world.recipe("best-lost", train=SETTINGS | settings | {"lr_scheduler_type": "constant_with_warmup"})
+    assert run_ranks(1, limited, 3000, [str(recipe)]) == [0]
+    losses = {r["step"]: r["loss"] for r in world.metrics("best-lost", "evaluation") if r["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 6, "otherwise the best step was saved"
+    assert f"Step {best} has the best held-out loss, but no checkpoint; 6 is the best" in capfd.readouterr().out
+    assert runs.read_status(world.run_directory("best-lost"))["state"] == "finished"
+
+
+def test_a_tracker_that_fails_takes_nothing_with_it(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe("tracked", train=SETTINGS, run={"report_to": ["tensorboard"]})
+    assert run_ranks(1, limited, 0, [str(recipe)]) == [0]
+    assert runs.read_status(world.run_directory("tracked"))["state"] == "finished"
