@@ -215,17 +215,8 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
         logging_steps=settings.logging_steps,
     )
 
-    saves = Saves(
-        recipe.run_directory,
-        engine,
-        job.model,
-        job.tokenizer,
-        log,
-        settings,
-        facts={"identity": job.identity, "versions": versions()},
-        first_step=first_step,
-        max_failed_saves=recipe.run.max_failed_saves,
-    )
+    facts = {"identity": job.identity, "versions": versions()}
+    saves = Saves(job, log, facts=facts, first_step=first_step)
     held_out_batches = job.micro_batches(job.held_out, range(len(job.held_out)))
 
     def save(done: int) -> None:

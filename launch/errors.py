@@ -9,6 +9,11 @@ class LaunchError(Exception):
         super().__init__(sentence.encode("utf-8", "backslashreplace").decode())
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says, for the middle of a sentence of ours."""
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
 class ConfigError(LaunchError):
     """The recipe or its overrides."""
 

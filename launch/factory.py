@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from launch import engine as engines
-from launch.errors import ModelError
+from launch.errors import ModelError, first_line
 
 
 def load_factory(factory: str) -> Callable[[], object]:
@@ -91,8 +91,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             "write it with torch.save(model.state_dict(), PATH)."
         ) from None
     except (OSError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ModelError(f"model.name_or_path = {path} cannot be read as a state dict: {reason}.") from None
+        raise ModelError(f"model.name_or_path = {path} cannot be read as a state dict: {first_line(error)}.") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         held = f"a {type(state).__name__}"
         if isinstance(state, Mapping):

@@ -4,10 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 from launch.errors import ModelError
+from launch.hub import fetch
 from launch.recipe import TINY_MODEL_NAME, ModelBlock
 
 TINY_ROWS = Path("configs/data/tiny_chat.jsonl")
@@ -37,14 +35,7 @@ def fingerprint_tokenizer(model: ModelBlock) -> str:
     name = model.tokenizer_name_or_path
     if name == TINY_MODEL_NAME:
         return f"{TINY_MODEL_NAME} {fingerprint_tiny()}"
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
-        try:
-            patterns = list(TOKENIZER_FILES)
-            directory = Path(snapshot_download(name, revision=model.revision, allow_patterns=patterns))
-        except (OSError, HfHubHTTPError, HFValidationError) as error:
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise ModelError(f"The tokenizer of {name} cannot be had from the hub: {reason}.") from None
+    directory, _ = fetch("The tokenizer", name, TOKENIZER_FILES, model.revision, ModelError)
     digest = hashlib.sha256()
     for path in sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())

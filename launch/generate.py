@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from launch import engine as engines
 from launch import preflight, runs
 from launch.data import conversations
-from launch.errors import DataError, ModelError, PreflightError
+from launch.errors import DataError, ModelError, PreflightError, first_line
 from launch.formats import BadRowError
 from launch.ledger import Work, render
 from launch.model import (
@@ -93,10 +93,9 @@ def answers(recipe: Recipe, num_rows: int, max_new_tokens: int) -> Iterator[Answ
         except Exception as error:
             if not recipe.model.trust_remote_code:
                 raise
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise ModelError(
-                f"The base's own code failed in generate() with {type(error).__name__}: {reason}; what was trained is "
-                "not touched by that, and the adapter can be served with the versions that the code was written for."
+                f"The base's own code failed in generate() with {type(error).__name__}: {first_line(error)}; what was "
+                "trained is not touched by that, and can be served with the versions that the code was written for."
             ) from error
         is_cut = len(made) == max_new_tokens and made[-1] != ids[end]
         known = [token for token in made if token < len(tokenizer)]  # a head may have rows that are no tokens

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from peft import PeftModel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,8 +25,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from launch import factory, tiny
 from launch.adapter import check_targets, with_token_ids
-from launch.errors import ConfigError, ModelError, TemplateError
+from launch.errors import ConfigError, ModelError, TemplateError, first_line
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
+from launch.hub import fetch
 from launch.packing import forward_arguments
 from launch.quantisation import check_usable, is_quantised, keep_layout, quantisation
 from launch.recipe import TINY_MODEL_NAME, LoraBlock, ModelBlock, PrefixTuningBlock, Recipe
@@ -116,7 +116,7 @@ def fingerprint_base(base: str, model: ModelBlock) -> str:
         code = [directory / "config.json", *(sorted(directory.rglob("*.py")) if model.trust_remote_code else ())]
         weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
     else:
-        return f"commit {Path(snapshot_download(base, revision=model.revision, allow_patterns=['config.json'])).name}"
+        return f"commit {fetch('model.name_or_path', base, ['config.json'], model.revision, ModelError)[1]}"
     digest = hashlib.sha256()
     for path in code:
         digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
@@ -168,7 +168,7 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
             raise
         # Nobody knows what remote code does when it is made; it may want values, which a meta tensor has not.
         note = f"{model_class.__name__} cannot be made without weights, so its targets are checked with them"
-        print(f"{note}: {type(error).__name__}: {_first_line(error)}", file=sys.stderr, flush=True)
+        print(f"{note}: {type(error).__name__}: {first_line(error)}.", file=sys.stderr, flush=True)
         return
     check_skeleton(skeleton, recipe)
 
@@ -270,7 +270,7 @@ def enable_gradient_checkpointing(model: PeftModel) -> None:
     try:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise ModelError(f"{_first_line(error)[:-1]}; set train.gradient_checkpointing to false.") from None
+        raise ModelError(f"{first_line(error)}; set train.gradient_checkpointing to false.") from None
 
 
 def serving_generation_config(model: torch.nn.Module, end_token_ids: list[int]) -> GenerationConfig:
@@ -295,12 +295,12 @@ def _loading(what: str, model: ModelBlock) -> Iterator[None]:
         if "does not support an attention implementation" in str(error):
             attention = model.attn_implementation
             raise ModelError(f"{what} has no {attention} attention; set model.attn_implementation to eager.") from None
-        raise ModelError(f"{what} cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"{what} cannot be loaded: {first_line(error)}.") from None
     except Exception as error:
         if not model.trust_remote_code or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(
-            f"{what} cannot be loaded: its own code failed with {type(error).__name__}: {_first_line(error)[:-1]}; it "
+            f"{what} cannot be loaded: its own code failed with {type(error).__name__}: {first_line(error)}; it "
             f"may have been written for another version than transformers {transformers.__version__}."
         ) from error
 
@@ -316,7 +316,3 @@ def _config(base: str, model: ModelBlock) -> PretrainedConfig:
 
 def _auto_map(config: PretrainedConfig) -> dict[str, str]:
     return getattr(config, "auto_map", None) or {}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") + "."

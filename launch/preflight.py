@@ -3,10 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 from launch.errors import ConfigError, ModelError
+from launch.hub import fetch
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
 
@@ -46,46 +44,14 @@ def check_model(model: ModelBlock) -> None:
         for key, file in (("name_or_path", name), ("factory", model.factory.rpartition(":")[0])):
             if not Path(file).expanduser().is_file():
                 raise ModelError(f"model.{key} = {getattr(model, key)}: there is no file {file}.")
-        _check_tokenizer(model)
-        return
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model.name_or_path = {name} is a directory without a config.json.")
-        check_remote_code(model, path, None)
-        return
-    if path.is_file():
-        raise ModelError(f"model.name_or_path = {name} is a file, which only a model.factory can be filled from.")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(
-            f"model.name_or_path = {name} does not exist; give a directory, a hub id (owner/name) or {TINY_MODEL_NAME}."
-        )
-    try:
-        files = ["config.json", "tokenizer_config.json"]
-        snapshot = Path(snapshot_download(name, revision=model.revision, allow_patterns=files))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ModelError(
-            f"model.name_or_path = {name} is no directory here and cannot be had from the hub: {reason}."
-        ) from None
-    if not (snapshot / "config.json").is_file():
-        raise ModelError(f"model.name_or_path = {name} is on the hub, but without a config.json.")
-    check_remote_code(model, snapshot, snapshot.name)  # a snapshot is named after its commit
-
-
-def _check_tokenizer(model: ModelBlock) -> None:
-    """That of a factory, which may bring code of its own as well."""
-    assert model.tokenizer is not None
-    path = Path(model.tokenizer).expanduser()
-    if path.is_dir():
-        check_remote_code(model, path, None)
-        return
-    try:
+        assert model.tokenizer is not None
         files = ["tokenizer_config.json"]
-        snapshot = Path(snapshot_download(model.tokenizer, revision=model.revision, allow_patterns=files))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ModelError(
-            f"model.tokenizer = {model.tokenizer} is no directory here and cannot be had from the hub: {reason}."
-        ) from None
-    check_remote_code(model, snapshot, snapshot.name)
+        check_remote_code(model, *fetch("model.tokenizer", model.tokenizer, files, model.revision, ModelError))
+        return
+    if Path(name).expanduser().is_file():
+        raise ModelError(f"model.name_or_path = {name} is a file, which only a model.factory can be filled from.")
+    files = ["config.json", "tokenizer_config.json"]
+    directory, commit = fetch("model.name_or_path", name, files, model.revision, ModelError)
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"model.name_or_path = {name} has no config.json, so that it is no model of transformers.")
+    check_remote_code(model, directory, commit)

@@ -10,7 +10,7 @@ import importlib
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from launch.errors import PreflightError
+from launch.errors import PreflightError, first_line
 from launch.recipe import ModelBlock
 
 
@@ -20,10 +20,9 @@ def check_usable() -> None:
         functional = importlib.import_module("bitsandbytes.functional")
         functional.quantize_4bit(torch.zeros(64, device="cuda" if torch.cuda.is_available() else "cpu"))
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise PreflightError(
-            f"model.load_in_4bit needs bitsandbytes, which does not work here ({reason}); install the version that "
-            "requirements.txt names, or set model.load_in_4bit to false."
+            f"model.load_in_4bit needs bitsandbytes, which does not work here ({first_line(error)}); install the "
+            "version that requirements.txt names, or set model.load_in_4bit to false."
         ) from None
 
 

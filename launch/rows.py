@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from launch.errors import DataError
+from launch.errors import DataError, first_line
 from launch.recipe import Source
 
 Row = Mapping[str, Any]
@@ -356,9 +356,8 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
                     else:
                         yield RawRow(number, value)
     except pa.ArrowException as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
         raise DataError(
-            f"The data file {path} is no Parquet file that can be read, after row {number}: {reason}."
+            f"The data file {path} is no Parquet file that can be read, after row {number}: {first_line(error)}."
         ) from None
 
 
@@ -389,7 +388,6 @@ def load_hub_set(source: Source) -> Any:
     try:
         return datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:  # the library raises many kinds; all of them mean that there are no rows
-        reason = str(error).partition("\n")[0].rstrip(".")
         raise DataError(
-            f"The data set {source.path} cannot be loaded from the hub: {type(error).__name__}: {reason}."
+            f"The data set {source.path} cannot be loaded from the hub: {type(error).__name__}: {first_line(error)}."
         ) from None

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch.errors import CheckpointError, PreflightError
-from launch.recipe import TrainBlock
+from launch.job import Job
 from launch.report import RunLog
 from launch.table import format_bytes
 
@@ -65,31 +63,16 @@ class Saves:
     `max_failed_saves` in a row have failed.
     """
 
-    def __init__(
-        self,
-        run_directory: Path,
-        engine: engines.Engine,
-        model: PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        log: RunLog,
-        settings: TrainBlock,
-        *,
-        facts: Mapping[str, Any],
-        first_step: int,
-        max_failed_saves: int,
-    ) -> None:
-        self.run_directory = run_directory
-        self.engine = engine
-        self.model = model
-        self.tokenizer = tokenizer
+    def __init__(self, job: Job, log: RunLog, *, facts: Mapping[str, Any], first_step: int) -> None:
+        self.job = job
         self.log = log
-        self.settings = settings
         self.facts = facts
-        self.max_failed_saves = max_failed_saves
+        self.recipe = job.recipe
+        self.settings = job.recipe.train
         self.saved_step = first_step  # gathered; known on every rank
         self.good_step = first_step  # on disk; known on rank zero
         self._failed_in_a_row = 0
-        self._interval_seconds = settings.save_seconds or LONGEST_INTERVAL_SECONDS
+        self._interval_seconds = self.settings.save_seconds or LONGEST_INTERVAL_SECONDS
         self._since = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[Written] | None = None
@@ -110,14 +93,15 @@ class Saves:
         self.saved_step = done
         start = time.monotonic()
         self._settle()  # two gathered copies at once might not fit
+        self._write_last = None
         facts = {"step": done, "skipped_steps": skipped_steps, **self.facts}
-        snapshot = checkpoints.take_snapshot(self.engine, self.model, self.tokenizer, facts)
+        snapshot = checkpoints.take_snapshot(self.job.engine, self.job.model, self.job.tokenizer, facts)
         stall_seconds = time.monotonic() - start
         if snapshot is not None:
             keep = self.settings.save_total_limit
 
             def write() -> None:
-                checkpoints.write_snapshot(self.run_directory, snapshot, keep=keep, best=best)
+                checkpoints.write_snapshot(self.recipe.run_directory, snapshot, keep=keep, best=best)
 
             self._write_last = write
             self._writing = self._thread.submit(_timed, done, write)
@@ -132,8 +116,8 @@ class Saves:
             self._settle()
         if dist.get_rank() == 0 and self.good_step != self.saved_step:
             raise CheckpointError(
-                f"Step {self.saved_step} could not be saved{self.last_good()}. Make room in {self.run_directory} and "
-                "run the same command again."
+                f"Step {self.saved_step} could not be saved{self.last_good()}. Make room in "
+                f"{self.recipe.run_directory} and run the same command again."
             )
         dist.barrier()
 
@@ -153,7 +137,7 @@ class Saves:
                 self._interval_seconds = interval_seconds(written.seconds)
             return
         self._failed_in_a_row += 1
-        if self._failed_in_a_row >= self.max_failed_saves:
+        if self._failed_in_a_row >= self.recipe.run.max_failed_saves:
             raise CheckpointError(
                 f"{self._failed_in_a_row} saves in a row failed, the last one with: {written.fault}{self.last_good()}. "
                 "Make room, or raise run.max_failed_saves."

@@ -5,14 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from launch.adapter import exported_state, peft_config
 from launch.errors import AdapterError
+from launch.hub import fetch
 from launch.recipe import OLD_LORA_KEYS, AdapterBlock, LoraBlock, PromptTuningBlock
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -96,18 +95,8 @@ def start_from(adapter: AdapterBlock, sha256: str | None, model: PeftModel) -> N
 
 
 def _directory_of(name: str) -> Path:
-    directory = Path(name).expanduser()
-    if directory.is_dir():
-        return directory
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise AdapterError(f"adapter.init_from = {name} does not exist; give a directory or a hub id (owner/name).")
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise AdapterError(
-            f"adapter.init_from = {name} is no directory here and cannot be had from the hub: {reason}."
-        ) from None
+    directory, _ = fetch("adapter.init_from", name, (CONFIG, WEIGHTS), None, AdapterError)
+    return directory
 
 
 def _digest(directory: Path) -> str:

@@ -1,0 +1,30 @@
+"""What a recipe names by a directory or a hub id, as a directory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from launch.errors import LaunchError, first_line
+
+
+def fetch(
+    key: str, name: str, files: Sequence[str], revision: str | None, error_class: type[LaunchError]
+) -> tuple[Path, str | None]:
+    """(the directory, its commit on the hub or None for one of the user's own) with those of `files` that there are.
+
+    `key` is the recipe's, for the sentence of an `error_class` when there is neither a directory nor a repository.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path, None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise error_class(f"{key} = {name} does not exist; give a directory or a hub id (owner/name).")
+    try:
+        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise error_class(
+            f"{key} = {name} is no directory here and cannot be had from the hub: {first_line(error)}."
+        ) from None
+    return snapshot, snapshot.name  # a snapshot is named after its commit
