@@ -204,10 +204,10 @@ def deepspeed_json(directory: Path, stage: int = 3, **fp16: Any) -> Path:
     return path
 
 
-def run_ranks(
+def start_ranks(
     num_ranks: int, function: Callable[..., Any], *arguments: Any, deepspeed: Path | None = None
-) -> list[Any]:
-    """`function(*arguments)` on forked ranks with the environment that accelerate launch gives; the results by rank."""
+) -> list[tuple[Any, Any]]:
+    """`function(*arguments)` on forked ranks in the environment that accelerate launch gives; (process, pipe) each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -231,6 +231,14 @@ def run_ranks(
         child.start()
         sender.close()
         children.append((child, receiver))
+    return children
+
+
+def run_ranks(
+    num_ranks: int, function: Callable[..., Any], *arguments: Any, deepspeed: Path | None = None
+) -> list[Any]:
+    """`start_ranks`, and the results by rank."""
+    children = start_ranks(num_ranks, function, *arguments, deepspeed=deepspeed)
     results = []
     for child, receiver in children:
         succeeded, result = False, "a rank ended without a result, or hung"
