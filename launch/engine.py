@@ -112,7 +112,7 @@ def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
     plugin = accelerator.state.deepspeed_plugin
     if plugin.zero_stage == 3 and recipe.model.load_in_4bit and getattr(recipe.adapter, "use_dora", False):
         raise PreflightError(
-            "adapter.use_dora on a base in 4 bits takes the shares that ZeRO-3 leaves of its weights for whole ones; "
+            "adapter.use_dora on a base in 4 bits unpacks weights that ZeRO-3 does not know as its own, and stops; "
             "start with --config_file configs/accelerate/zero2.yaml, or set adapter.use_dora: false."
         )
     # No dataloader is prepared, so accelerate cannot fill these; "auto" clipping would silently become 1.0.

@@ -204,7 +204,8 @@ ADAPTERS: dict[str, type[Block]] = {
     "prefix_tuning": PrefixTuningBlock,
     "prompt_tuning": PromptTuningBlock,
 }
-AdapterBlock = LoraBlock | PTuningBlock | PrefixTuningBlock | PromptTuningBlock
+SoftPrompt = PTuningBlock | PrefixTuningBlock | PromptTuningBlock
+AdapterBlock = LoraBlock | SoftPrompt
 
 
 # Of PEFT before 0.3, in adapter_config.json as well, and what takes their place.
@@ -305,17 +306,16 @@ class Recipe(Block):
             raise ValueError("train.warmup_steps and train.warmup_ratio are both set; keep one")
         if self.train.load_best_model_at_end and self.train.eval_steps is None:
             raise ValueError("train.load_best_model_at_end needs evaluations to choose from; set train.eval_steps")
-        self._check_adapter()
+        self._check_base_and_adapter()
+        if isinstance(self.adapter, LoraBlock):
+            self._check_lora(self.adapter)
+        else:
+            self._check_soft_prompt(self.adapter)
         return self
 
-    def _check_adapter(self) -> None:
+    def _check_base_and_adapter(self) -> None:
         adapter = self.adapter
-        if (
-            isinstance(adapter, LoraBlock)
-            and adapter.use_dora
-            and self.model.load_in_4bit
-            and self.run.merge is not False
-        ):
+        if isinstance(adapter, LoraBlock) and adapter.use_dora and self.model.load_in_4bit and self.merges:
             raise ValueError(
                 "adapter.use_dora learns magnitudes of the weights as they are in 4 bits, so that it cannot be merged "
                 "into those in 16 bits; set run.merge: false, adapter.use_dora: false, or model.load_in_4bit: false"
@@ -335,19 +335,22 @@ class Recipe(Block):
                     "adapter.target_modules must name the layers of a model.factory, such as [query_key_value]: which "
                     "of them is the output head, and no target, only you know"
                 )
-        if isinstance(adapter, LoraBlock):
-            if adapter.target_modules is not None and not adapter.target_modules:
-                raise ValueError("adapter.target_modules is empty; name modules such as q_proj, or leave it out")
-            ids = adapter.trainable_token_indices
-            if ids == "added" and adapter.init_from is not None:
-                raise ValueError(
-                    "adapter.trainable_token_indices = added cannot be compared with adapter.init_from; give the ids "
-                    "that its adapter_config.json has"
-                )
-            if not isinstance(ids, str) and len(set(ids)) < len(ids):
-                twice = next(token_id for token_id in ids if ids.count(token_id) > 1)
-                raise ValueError(f"adapter.trainable_token_indices has {twice} twice; keep one")
-            return
+
+    @staticmethod
+    def _check_lora(adapter: LoraBlock) -> None:
+        if adapter.target_modules is not None and not adapter.target_modules:
+            raise ValueError("adapter.target_modules is empty; name modules such as q_proj, or leave it out")
+        ids = adapter.trainable_token_indices
+        if ids == "added" and adapter.init_from is not None:
+            raise ValueError(
+                "adapter.trainable_token_indices = added cannot be compared with adapter.init_from; give the ids "
+                "that its adapter_config.json has"
+            )
+        if not isinstance(ids, str) and len(set(ids)) < len(ids):
+            twice = next(token_id for token_id in ids if ids.count(token_id) > 1)
+            raise ValueError(f"adapter.trainable_token_indices has {twice} twice; keep one")
+
+    def _check_soft_prompt(self, adapter: SoftPrompt) -> None:
         if self.train.loraplus_lr_ratio is not None:
             raise ValueError(
                 f"train.loraplus_lr_ratio is for the B matrices of LoRA, and {adapter.type} has none; leave it out"

@@ -459,7 +459,7 @@ def test_a_template_whose_end_token_is_not_there_names_the_remedy(
     ("adapter", "sentence"),
     [
         ({"modules_to_save": ["embed_tokens", "lm_head", "dense"]}, "dense is in 4 bits, which cannot be trained"),
-        ({"use_dora": True}, "adapter.use_dora on a base in 4 bits takes the shares that ZeRO-3 leaves"),
+        ({"use_dora": True}, "adapter.use_dora on a base in 4 bits unpacks weights that ZeRO-3 does not know"),
     ],
 )
 def test_what_4_bits_cannot_do_is_said_before_the_weights_are_read(
