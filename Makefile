@@ -12,6 +12,8 @@ TORCH := $(TORCH)
 RUN_STAMP := .venv/run-$(shell { pwd; echo '$(TORCH)'; cat requirements.txt; } | sha256sum | cut -c1-16)
 TEST_STAMP := $(RUN_STAMP)-test-$(shell sha256sum < requirements-dev.txt | cut -c1-16)
 
+# After SIGTERM torch's launcher kills its ranks so many seconds later; a step and a save may take longer than its 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PIP_INSTALL := .venv/bin/python -m pip install -q --disable-pip-version-check
 

@@ -33,8 +33,9 @@ from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.data import prepare
 from launch.data_report import outcomes_line
-from launch.errors import DataError, LaunchError, TrainingError
-from launch.job import Job, evaluate
+from launch.deadline import Deadline
+from launch.errors import DataError, LaunchError, NoProgressError, TrainingError
+from launch.job import Job, evaluate, gives_up_step
 from launch.model import (
     DTYPES,
     added_token_ids,
@@ -75,8 +76,10 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         with runs.open_run(directory) if is_rank_zero else nullcontext():
             if is_rank_zero:
-                runs.write_status(directory, "starting", "the job has started", pid=os.getpid())
-                word = "asked to stop before the first step; there was nothing to save yet"
+                newest = checkpoints.newest_step(directory)
+                runs.begin(directory, newest)
+                kept = f"step {newest} is saved" if newest else "there was nothing to save yet"
+                word = f"asked to stop before the first step; {kept}"
                 preemption.end_when_asked(lambda: runs.write_status(directory, "preempted", word))
                 preflight.check(recipe)
             train(recipe)
@@ -89,6 +92,8 @@ def main(arguments: Sequence[str]) -> int:
         status = runs.read_status(directory)  # maybe another job's, or one that was killed
         has_trained = status.get("state") == "running" and status.get("pid") == os.getpid()
         state: runs.State = "failed" if has_trained else "refused"
+        if isinstance(error, NoProgressError):
+            state = "no progress"
         print(f"{state.capitalize()}: {error}", file=sys.stderr, flush=True)
         runs.write_end(directory, state, str(error))
         return 1
@@ -139,10 +144,13 @@ def train(recipe: Recipe) -> None:
         recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
         lambda reason: write_failure(recipe.run_directory, reason),
     )
+    deadline = Deadline(recipe.run.grace_seconds)
+    identity = found["identity"]
     job = Job(
-        recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, found["identity"], watchdog
+        recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, identity, watchdog, deadline
     )
     if accelerator.is_main_process:
+        deadline.recall(runs.read_metrics(recipe.run_directory))
         resumed_after = checkpoint.step if checkpoint else None
         banner = start_up_banner(job, f"{precision}: {precision_reason}", found["rows"], packing, resumed_after)
         print(banner, flush=True)
@@ -244,40 +252,54 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
             save(done)
         return True
 
+    def leave_word() -> None:
+        if job.accelerator.is_main_process:
+            word = "interrupted twice, so it ended at once; what was saved before stands"
+            runs.write_status(recipe.run_directory, "preempted", word)
+
     def stopped_after(done: int) -> bool:
         save(done)
         saves.finish()
         log.close()
         if job.accelerator.is_main_process:
+            why = "asked to stop" if preemption.stop_requested() or not job.deadline.is_near() else "the job ends soon"
             kept = f"step {done} is saved" if done else "there was nothing to save yet"
-            runs.write_status(recipe.run_directory, "preempted", f"asked to stop; {kept}", step=done)
+            runs.write_status(recipe.run_directory, "preempted", f"{why}; {kept}", step=done)
             log.say(f"Stopped: {kept}. The same command continues from there.")
         return False
 
-    preemption.remember_signals()
+    polls = False  # within a step: only where a step and a save may not fit into the time that a stop is given
+    preemption.remember_signals(leave_word)
     if not evaluate_if_due(first_step):  # 0, or what a stop left out
         return stopped_after(first_step)
     for step in range(first_step, job.total_steps):
         # ==== one optimizer step ======================================================================================
+        preemption.end_if_orphaned()
+        since = time.monotonic()
         ids = batching.step_samples(
             step, len(job.samples), settings.global_batch_size, job.total_samples, settings.seed
         )
         tokens_in_step = int(num_trained[ids].sum())  # over all ranks, which is known without asking them
         torch.manual_seed(batching.step_seed(settings.seed, step, dist.get_rank()))
-        sums = torch.zeros(6, dtype=torch.float64, device=job.accelerator.device)
+        sums = torch.zeros(7, dtype=torch.float64, device=job.accelerator.device)
         micro_batches = job.micro_batches(job.samples, ids)
         for index, micro_batch in enumerate(micro_batches):
+            if polls and gives_up_step(job, share_left=1 - index / len(micro_batches)):
+                return stopped_after(step)
             loss_sum, micro_sums, num_cells = job.loss(job.samples, micro_batch)
             engines.backward(engine, loss_sum / tokens_in_step, is_last=index == len(micro_batches) - 1)
             sums[:3] += micro_sums
             sums[3] += num_cells
         learning_rate = learning_rate_at(step)
         gradient_norm, skipped = engines.step(engine, learning_rate)
-        sums[4], sums[5] = preemption.stop_requested(), saves.is_due_by_the_clock()
-        dist.all_reduce(sums)  # [loss sum, correct, tokens, cells, ranks that were asked to stop, a save is due]
+        sums[4], sums[5], sums[6] = job.wants_to_stop(), saves.is_due_by_the_clock(), job.is_tight()
+        dist.all_reduce(sums)  # [loss sum, correct, tokens, cells, ranks that want to stop, a save is due, poll]
         # ==============================================================================================================
         done = step + 1
-        is_last, stop, save_is_due = done == job.total_steps, bool(sums[4] > 0), bool(sums[5] > 0)
+        is_last = done == job.total_steps
+        stop, save_is_due, is_tight = (sums[4:] > 0).tolist()
+        seconds = time.monotonic() - since
+        job.deadline.stepped(seconds)
         skipped_steps += skipped
         log.step(
             done,
@@ -287,8 +309,12 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
             gradient_norm=gradient_norm,
             skipped_steps=skipped_steps,
             loss_scale=engines.loss_scale(engine),
+            seconds=seconds,
             is_last=is_last or stop,
         )
+        if is_tight and not polls:
+            log.say(job.deadline.warning())
+        polls = is_tight
         bad_steps = bad_steps + 1 if skipped else 0
         if bad_steps >= settings.max_bad_steps:
             saves.finish()

@@ -304,6 +304,13 @@ def _saved_value(recipe: Mapping[str, Any], block: str, key: str) -> Any:
     return owner.model_construct().model_dump(mode="json").get(key)  # none: another type of adapter has it
 
 
+def newest_step(run_directory: Path) -> int:
+    """The step of the newest checkpoint, by its name alone; 0 for none."""
+    directory = checkpoints_directory(run_directory)
+    named = _by_step(directory) if directory.is_dir() else []
+    return int(named[-1].name.removeprefix("step-")) if named else 0
+
+
 def _by_step(directory: Path) -> list[Path]:
     """Published checkpoints, oldest first: by step, never by time."""
     named = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]

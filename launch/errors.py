@@ -50,5 +50,9 @@ class TrainingError(LaunchError):
     """Training that cannot go on."""
 
 
+class NoProgressError(LaunchError):
+    """A run that starts again and again, and comes no further."""
+
+
 class MergeError(LaunchError):
     """A merge that would give wrong weights."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launch import batching, preemption
 from launch import engine as engines
+from launch.deadline import Deadline
 from launch.packing import batch_loss, collate
 from launch.recipe import Recipe
 from launch.samples import Samples
@@ -36,6 +37,7 @@ class Job:
     accepts: frozenset[str]  # by name, what the base model's forward can be given
     identity: dict[str, Any]
     watchdog: Watchdog
+    deadline: Deadline
 
     @property
     def total_samples(self) -> int:
@@ -64,24 +66,41 @@ class Job:
         loss_sum, sums = batch_loss(self.engine, batch, accepts=self.accepts, virtual_columns=virtual_columns)
         return loss_sum, sums, batch.input_ids.numel()
 
+    def wants_to_stop(self, *, evaluation: bool = False) -> bool:
+        """Whether this rank was asked to stop, or is rank zero and has no time for a step (an evaluation) more."""
+        return preemption.stop_requested() or (dist.get_rank() == 0 and self.deadline.is_near(evaluation=evaluation))
+
+    def is_tight(self) -> bool:
+        """Whether this is rank zero, and a stop may not have the time to end its step."""
+        return dist.get_rank() == 0 and self.deadline.is_tight
+
+
+def gives_up_step(job: Job, *, share_left: float) -> bool:
+    """Whether a rank was asked to stop and rank zero has no time for the rest of the step; a collective."""
+    has_no_time = dist.get_rank() == 0 and job.deadline.drops(share_left, preemption.seconds_since_request())
+    both = torch.tensor([preemption.stop_requested(), has_no_time], dtype=torch.float64, device=job.accelerator.device)
+    dist.all_reduce(both)
+    return bool((both > 0).all())
+
 
 @torch.no_grad()
 def evaluate(job: Job, micro_batches: Sequence[batching.MicroBatch]) -> tuple[TokenCounts, float] | None:
     """(counts over the held-out samples, seconds); the counts are the same for any ranks and any packing.
 
-    None when a rank was asked to stop.
+    None when a rank was asked to stop, or there is no time for it before the job's end.
     """
     start = time.monotonic()
     job.engine.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=job.accelerator.device)
-    for micro_batch in micro_batches:
-        sums[:3] += job.loss(job.held_out, micro_batch)[1]
-        sums[3] += preemption.stop_requested()
-        asked = sums[3].clone()
-        dist.all_reduce(asked)  # ranks agree after each micro-batch, of which all have as many
+    sums = torch.zeros(3, dtype=torch.float64, device=job.accelerator.device)
+    for index, micro_batch in enumerate(micro_batches):
+        asked = torch.tensor(float(job.wants_to_stop(evaluation=index == 0)), device=job.accelerator.device)
+        dist.all_reduce(asked)  # ranks agree before each micro-batch, of which all have as many
         if asked > 0:
             job.engine.train()
             return None
+        sums += job.loss(job.held_out, micro_batch)[1]
     dist.all_reduce(sums)
     job.engine.train()
-    return counts_from_sums(sums[:3]), time.monotonic() - start
+    counts, seconds = counts_from_sums(sums), time.monotonic() - start
+    job.deadline.evaluated(seconds)
+    return counts, seconds

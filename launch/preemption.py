@@ -4,40 +4,49 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_received: list[int] = []
+# Ctrl-C reaches a rank from the terminal and once more from the launcher; a second Ctrl-C is somebody's wish.
+_ONE_INTERRUPT_SECONDS = 1.0
+_received: list[tuple[int, float]] = []  # (signal, monotonic seconds)
+_parent = os.getppid()
 
 
 def end_when_asked(leave_word: Callable[[], None]) -> None:
     """Until `remember_signals`, SIGTERM, SIGUSR1 and SIGINT end this process at once, after `leave_word`.
 
-    A thread waits for them: the main one may be in a long call into C, where Python's handlers do not run.
+    So does one that is remembered and was not acted on.
     """
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    for number in _SIGNALS:
-        signal.signal(number, _ignore)
-    signal.set_wakeup_fd(write_end)
-    os.register_at_fork(after_in_child=forget_signals)  # a worker's signals are its own
 
-    def wait() -> None:
-        (number,) = os.read(read_end, 1)
+    def end(number: int) -> None:
         leave_word()
         os._exit(128 + number)
 
-    threading.Thread(target=wait, daemon=True).start()
+    _listen(end)
+    if _received:
+        end(_received[0][0])
+    os.register_at_fork(after_in_child=forget_signals)  # a worker's signals are its own
 
 
-def remember_signals() -> None:
-    """SIGTERM, SIGUSR1 and SIGINT are remembered; the ranks agree on the stop in the step's own reduction."""
+def remember_signals(leave_word: Callable[[], None]) -> None:
+    """SIGTERM, SIGUSR1 and SIGINT are remembered; the ranks agree on the stop in the step's own reduction.
+
+    After a SIGINT, a second signal ends this process at once, after `leave_word`: of Ctrl-C twice in a terminal, torch's
+    launcher passes the second one on as SIGTERM.
+    """
     _received.clear()
-    signal.set_wakeup_fd(-1)
-    for number in _SIGNALS:
-        signal.signal(number, _remember)
+
+    def remember(number: int) -> None:
+        if _received and _received[0][0] == signal.SIGINT and seconds_since_request() > _ONE_INTERRUPT_SECONDS:
+            leave_word()
+            os._exit(128 + number)
+        _received.append((number, time.monotonic()))
+
+    _listen(remember)
 
 
 def forget_signals() -> None:
@@ -52,19 +61,47 @@ def stop_requested() -> bool:
     return bool(_received)
 
 
+def seconds_since_request() -> float:
+    """Since this rank was first asked to stop; 0 when it was not."""
+    return time.monotonic() - _received[0][1] if _received else 0.0
+
+
 def end_with_parent() -> None:
     """Ask the kernel to kill this process when its parent dies: a killed launcher leaves live ranks otherwise."""
-    parent = os.getppid()
+    global _parent
+    _parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:  # it died between the two calls
+    end_if_orphaned()  # it may have died between the two calls
+
+
+def end_if_orphaned() -> None:
+    """End this process when its parent is gone; the kernel forgets the wish of `end_with_parent` in some sandboxes."""
+    if os.getppid() != _parent:
         os._exit(1)
 
 
+def _listen(act: Callable[[int], None]) -> None:
+    """From now on a thread calls `act` with the number of each signal that comes.
+
+    The main thread may be in a long call into C, where Python's own handlers do not run.
+    """
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+
+    def wait() -> None:
+        while heard := os.read(read_end, 1):  # nothing: another listener has taken over
+            act(heard[0])
+        os.close(read_end)
+
+    threading.Thread(target=wait, daemon=True).start()
+    previous = signal.set_wakeup_fd(write_end)
+    for number in _SIGNALS:
+        signal.signal(number, _ignore)
+    if previous != -1:
+        os.close(previous)
+
+
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """The thread that `end_when_asked` started hears of it."""
-
-
-def _remember(number: int, frame: FrameType | None) -> None:
-    _received.append(number)
+    """The thread that `_listen` started hears of it."""

@@ -270,6 +270,7 @@ class RunBlock(Block):
     max_shard_size_bytes: int = Field(4_000_000_000, ge=1)
     max_failed_saves: int = Field(3, ge=1)  # in a row, before the run stops
     hang_seconds: float = Field(900.0, gt=0)  # without a micro-batch, before a rank ends itself
+    grace_seconds: float | None = Field(None, gt=0)  # SIGTERM to SIGKILL; None: as long as torch's launcher waits
     process_group_timeout_seconds: int = Field(1800, ge=10)
 
 

@@ -53,6 +53,7 @@ class RunLog:
     def _start_interval(self) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64)  # loss sum, correct, tokens, cells
         self._num_tokens = 0
+        self._longest_step_seconds = 0.0
         self._since = time.monotonic()
 
     def step(
@@ -65,25 +66,28 @@ class RunLog:
         gradient_norm: float,
         skipped_steps: int,
         loss_scale: float | None,
+        seconds: float,
         is_last: bool,
     ) -> None:
         """Add a step: [loss sum, correct, tokens, cells] over all ranks, and its tokens without padding."""
         self._bar.update()
         self._sums += torch.tensor(sums, dtype=torch.float64)
         self._num_tokens += num_tokens
+        self._longest_step_seconds = max(self._longest_step_seconds, seconds)
         if done % self.logging_steps and not is_last:
             return
         loss_sum, correct, trained, cells = self._sums.tolist()
         counts = TokenCounts(loss_sum, int(correct), int(trained))
-        seconds = time.monotonic() - self._since
+        interval_seconds = time.monotonic() - self._since
         record: dict[str, float | int | None] = {
             "loss": counts.loss,
             "token_accuracy": counts.token_accuracy,
             "learning_rate": learning_rate,
             "gradient_norm": gradient_norm,
             "trained_tokens": counts.num_tokens,
-            "trained_tokens_per_second": counts.num_tokens / seconds,
-            "tokens_per_second": self._num_tokens / seconds,
+            "trained_tokens_per_second": counts.num_tokens / interval_seconds,
+            "tokens_per_second": self._num_tokens / interval_seconds,
+            "longest_step_seconds": self._longest_step_seconds,
             "padding_share": 1 - self._num_tokens / cells,
             "peak_memory_bytes": _peak_memory_bytes(),
             "skipped_steps": skipped_steps,
@@ -95,7 +99,7 @@ class RunLog:
         self.say(
             f"step {done:>{len(str(self.total_steps))}}/{self.total_steps}  loss {counts.loss:6.4f}  "
             f"accuracy {counts.token_accuracy:.3f}  lr {learning_rate:.2e}  norm {gradient_norm:.3g}  "
-            f"{self._num_tokens / seconds:,.0f} tok/s{skipped}"
+            f"{self._num_tokens / interval_seconds:,.0f} tok/s{skipped}"
         )
         self._start_interval()
 
@@ -190,9 +194,11 @@ def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, resu
         ),
         ("packing", packing),
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {', '.join(kinds)}"),
+        ("a stop gets", job.deadline.budget_line()),
         ("a rank holds", f"{format_bytes(held['weights'])} of weights, {format_bytes(held['optimizer'])} of optimizer"),
     ]
-    return f"\n{format_table(rows)}\n"
+    warning = job.deadline.warning()
+    return f"\n{format_table(rows)}\n" + (f"\n{warning}\n" if warning else "")
 
 
 def closing_lines(recipe: Recipe) -> str:

@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from launch.errors import PreflightError
+from launch.errors import NoProgressError, PreflightError
 
-State = Literal["starting", "running", "preempted", "finished", "failed", "refused"]
+State = Literal["starting", "running", "preempted", "finished", "failed", "refused", "no progress"]
+MAX_RESTARTS_IN_VAIN = 3
+_OF_THE_START = ("newest_step", "restarts_in_vain")  # in status.json until the next start
 
 
 def open_run(directory: Path) -> IO[str]:
@@ -55,7 +57,30 @@ def write_json(path: Path, value: object) -> None:
 
 def write_status(directory: Path, state: State, reason: str, **facts: Any) -> None:
     """status.json, which launchers and people read: exit codes are flattened on the way through `accelerate launch`."""
-    write_json(directory / "status.json", {"state": state, "reason": reason, "unix_seconds": time.time(), **facts})
+    of_the_start = {name: value for name, value in read_status(directory).items() if name in _OF_THE_START}
+    status = {"state": state, "reason": reason, "unix_seconds": time.time(), **of_the_start, **facts}
+    write_json(directory / "status.json", status)
+
+
+def begin(directory: Path, newest_step: int) -> None:
+    """The status of a start that finds this step saved.
+
+    Raises NoProgressError after too many restarts, one after the other, that left no newer step. One that was preempted
+    before its first step does not count, nor does one that was refused.
+    """
+    last = read_status(directory)
+    state, in_vain = last.get("state"), 0
+    has_ended_by_itself = state in ("starting", "running", "failed") or (state == "preempted" and "step" in last)
+    if last.get("newest_step") == newest_step:
+        in_vain = last["restarts_in_vain"] + has_ended_by_itself if state != "no progress" else 0
+    if in_vain > MAX_RESTARTS_IN_VAIN:
+        raise NoProgressError(
+            f"{MAX_RESTARTS_IN_VAIN} restarts in a row left nothing newer than step {newest_step}; the last one was "
+            f"{state} ({last.get('reason')}). Look at its log, then run the same command again."
+        )
+    write_status(
+        directory, "starting", "the job has started", pid=os.getpid(), newest_step=newest_step, restarts_in_vain=in_vain
+    )
 
 
 def write_end(directory: Path, state: State, reason: str) -> None:

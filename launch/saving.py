@@ -72,6 +72,7 @@ class Saves:
         self.saved_step = first_step  # gathered; known on every rank
         self.good_step = first_step  # on disk; known on rank zero
         self._failed_in_a_row = 0
+        self._stall_seconds = 0.0
         self._interval_seconds = self.settings.save_seconds or LONGEST_INTERVAL_SECONDS
         self._since = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -96,7 +97,7 @@ class Saves:
         self._write_last = None
         facts = {"step": done, "skipped_steps": skipped_steps, **self.facts}
         snapshot = checkpoints.take_snapshot(self.job.engine, self.job.model, self.job.tokenizer, facts)
-        stall_seconds = time.monotonic() - start
+        self._stall_seconds = time.monotonic() - start
         if snapshot is not None:
             keep = self.settings.save_total_limit
 
@@ -105,7 +106,7 @@ class Saves:
 
             self._write_last = write
             self._writing = self._thread.submit(_timed, done, write)
-        self.log.saving(done, stall_seconds)
+        self.log.saving(done, self._stall_seconds)
         self._since = time.monotonic()
 
     def finish(self) -> None:
@@ -131,6 +132,7 @@ class Saves:
             return
         written, self._writing = self._writing.result(), None
         self.log.written(written.step, written.seconds, written.fault)
+        self.job.deadline.saved(self._stall_seconds + written.seconds)
         if not written.fault:
             self.good_step, self._failed_in_a_row, self._write_last = written.step, 0, None
             if self.settings.save_seconds is None:

@@ -16,7 +16,7 @@ HOUSE = Path(__file__).resolve().parent.parent
 # A module imports only from the rows above its own.
 LAYERS = (
     "launch launch.errors launch.table launch.recipe metrics metrics.tokens",
-    "launch.config launch.runs launch.preemption launch.watchdog launch.batching launch.samples",
+    "launch.config launch.runs launch.preemption launch.watchdog launch.deadline launch.batching launch.samples",
     "launch.hub launch.remote_code",
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",
     "launch.formats launch.tokens",

@@ -1,17 +1,22 @@
-"""Signals at every stage of a run: the fault matrix, rows 8 to 13."""
+"""Signals at every stage of a run: the fault matrix, rows 8 to 13, 15, 32 and 34."""
 
+import ctypes
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import World, launch, run_ranks
+from conftest import ROOT, World, launch, run_ranks
 from safetensors.torch import load_file
+from test_launch import command, ranks_of, wait_until
+from test_resume import stop_at
 
 import train
+from launch import checkpoint as checkpoints
 from launch import data, job, runs
 from launch.checkpoint import checkpoints_directory, path_of_step
 
@@ -143,3 +148,89 @@ def test_a_stop_before_the_first_step_ends_at_once(world: World) -> None:
     assert not checkpoints_directory(directory).exists()
     launch(recipe, 1)
     assert runs.read_status(directory)["state"] == "finished"
+
+
+def interrupted_within(seconds: float, arguments: list[str]) -> None:
+    """train.py's main; the third step is a long call into C, in which Ctrl-C comes twice, so far apart."""
+    real_step, steps = train.engines.step, 0
+
+    def stuck_step(*given: Any) -> tuple[float, bool]:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            parent = os.getpid()
+            if os.fork() == 0:
+                for _ in range(2):
+                    os.kill(parent, signal.SIGINT)
+                    time.sleep(seconds)
+                os._exit(0)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # other threads get it, this one sleeps on
+            ctypes.CDLL(None).sleep(5)
+        return real_step(*given)
+
+    train.engines.step = stuck_step
+    train.main(arguments)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(world: World) -> None:
+    recipe = world.recipe("interrupted", train=SETTINGS)
+    directory = world.run_directory("interrupted")
+    run_ranks(1, interrupted_within, 0.3, [str(recipe)])  # the terminal's and the launcher's
+    status = runs.read_status(directory)
+    assert (status["state"], status["step"]) == ("preempted", 3)
+    recipe = world.recipe("interrupted-twice", train=SETTINGS)
+    directory = world.run_directory("interrupted-twice")
+    with pytest.raises(AssertionError, match="exit code 130"):
+        run_ranks(1, interrupted_within, 1.5, [str(recipe)])
+    status = runs.read_status(directory)
+    assert status["state"] == "preempted" and status["reason"].startswith("interrupted twice, so it ended at once")
+    launch(recipe, 1)
+    assert runs.read_status(directory)["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_a_stop_during_a_save_waits_for_it_and_saves_each_step_once(
+    world: World, straight: dict[str, torch.Tensor]
+) -> None:
+    recipe = world.recipe("saving", train=SETTINGS)
+    directory = world.run_directory("saving")
+    numbers = [signal.SIGTERM]
+    assert run_ranks(2, signalled_at, "take_snapshot", 1, numbers, checkpoints, [str(recipe)]) == [0, 0]
+    step = runs.read_status(directory)["step"]
+    saved = [record["step"] for record in world.metrics("saving", "written")]
+    assert saved == [3, step] and step == 4
+    assert [path.name for path in sorted(checkpoints_directory(directory).iterdir())] == ["step-000003", "step-000004"]
+    launch(recipe, 2)
+    found = load_file(path_of_step(directory, 6) / "optimizer.safetensors")
+    assert all(torch.equal(found[key], straight[key]) for key in straight)
+
+
+def test_stopped_in_the_last_step_only_what_is_left_is_done(world: World) -> None:
+    recipe = world.recipe("at-the-end", train=SETTINGS, run={"merge": True})
+    directory = world.run_directory("at-the-end")
+    run_ranks(1, stop_at, 6, [str(recipe)])
+    status = runs.read_status(directory)
+    assert (status["state"], status["step"]) == ("preempted", 6)
+    assert not (directory / "merged").exists()
+    ((exit_code, steps),) = run_ranks(1, stop_at, 0, [str(recipe)])
+    assert (exit_code, steps) == (0, [])
+    assert runs.read_status(directory)["state"] == "finished"
+    assert (directory / "merged" / "model.safetensors").exists()
+    assert [record["step"] for record in world.metrics("at-the-end", "evaluation")] == [0, 2, 4, 6]
+
+
+@pytest.mark.slow
+def test_usr1_through_a_job_wrapper_stops_as_sigterm_does(world: World) -> None:
+    """A launcher that does not ignore USR1 dies of it, and torch's does not."""
+    recipe = world.recipe("usr1", train={"max_steps": 400, "save_steps": 10})
+    directory = world.run_directory("usr1")
+    wrapped = ["bash", "-c", "trap '' USR1; exec \"$@\"", "job", *command(), "--num_processes", "2", "train.py"]
+    process = subprocess.Popen([*wrapped, str(recipe)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_until(path_of_step(directory, 10).exists, 120, "a checkpoint")
+    for member in [process.pid, *ranks_of(recipe)]:  # as Slurm does
+        os.kill(member, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert runs.read_status(directory)["state"] == "preempted"
+    assert not ranks_of(recipe)
