@@ -35,7 +35,7 @@ def end_when_asked(leave_word: Callable[[], None]) -> None:
 def remember_signals(leave_word: Callable[[], None]) -> None:
     """SIGTERM, SIGUSR1 and SIGINT are remembered; the ranks agree on the stop in the step's own reduction.
 
-    After a SIGINT, a second signal ends this process at once, after `leave_word`: of Ctrl-C twice in a terminal, torch's
+    After a SIGINT a second signal ends this process at once, after `leave_word`: of two Ctrl-C in a terminal torch's
     launcher passes the second one on as SIGTERM.
     """
     _received.clear()
