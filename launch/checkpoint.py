@@ -27,6 +27,7 @@ from launch.recipe import ADAPTERS, Recipe, RunBlock
 from launch.runs import best_step, write_json
 
 FORMAT = 1
+Identity = dict[str, int | str]  # {"bytes": size, "sha256": digest} of a file
 _NAME = re.compile(r"step-(\d{6,})")
 _TEMPORARY = ".saving-"
 _DELETING = ".deleting-"
@@ -152,17 +153,24 @@ def best_verified(
     return None
 
 
-def publish(target: Path, write_files: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
-    """Write a directory that appears whole: hidden, synced, manifest last, renamed, parent synced."""
+def publish(
+    target: Path, write_files: Callable[[Path], Mapping[str, Identity] | None], manifest: Mapping[str, Any]
+) -> None:
+    """Write a directory that appears whole: hidden, synced, manifest last, renamed, parent synced.
+
+    `write_files` may return the identities of files that it has hashed and synced while it wrote them.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f"{_TEMPORARY}{target.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        write_files(temporary)
-        for path in temporary.iterdir():
+        known = write_files(temporary) or {}
+        others = [path for path in temporary.iterdir() if path.name not in known]
+        for path in others:
             _sync(path)
-        files = {path.name: _identity(path) for path in sorted(temporary.iterdir())}
+        files = {**known, **{path.name: _identity(path) for path in others}}
+        files = dict(sorted(files.items()))
         write_json(temporary / "manifest.json", {**manifest, "files": files})
         _sync(temporary)
         if target.exists():
@@ -317,7 +325,7 @@ def _by_step(directory: Path) -> list[Path]:
     return [path for _, path in sorted(named)]
 
 
-def _identity(path: Path) -> dict[str, Any]:
+def _identity(path: Path) -> Identity:
     with path.open("rb") as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

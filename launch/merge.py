@@ -1,35 +1,38 @@
-"""Adapter + base -> a directory that serving tools load, one tensor at a time: peak memory is one shard and one tensor.
+"""Adapter + base -> a directory that serving tools load, one block of rows at a time, and the proof that it is right.
 
 One rounding rule: the base tensor is cast to the output type, scaling * B A is formed and added in fp32 from the fp32
-masters, DoRA scales the rows of the sum to its magnitudes, and the result is rounded once. A quantised base is read
-anew for it, whole, by rank zero.
+masters, DoRA scales the rows of the sum to its magnitudes, and the result is rounded once. The live engine and the disk
+(merge_from_disk.py) differ only in where the numbers come from.
 """
 
 import copy
-import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners import lora as peft_lora
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME
-from launch.checkpoint import publish
+from launch.checkpoint import Identity, publish
 from launch.errors import MergeError
 from launch.quantisation import is_quantised
 from launch.runs import write_json
+from launch.shards import Layout, ShardFile, index_of, plan_shards, row_blocks, shard_names
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_PROBE_TOLERANCE = 1e-5  # of |W| |x|, for sums in fp32
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,9 @@ class Part:
 
     name: str  # in the merged model, which is the base model's own
     base: torch.Tensor | None  # a parameter or buffer that is copied or added to
-    trained: torch.nn.Parameter | None = None  # a whole copy that replaces it (modules_to_save)
-    lora: LoraLinear | None = None
+    trained: torch.nn.Parameter | None = None  # a whole copy that replaces it (modules_to_save, biases)
+    lora: Any = None  # PEFT's layer, whose A and B are added to its weight
+    added_bias: torch.nn.Parameter | None = None  # of B (lora_bias), times the layer's scaling
     tokens: TrainableTokensLayer | None = None  # rows of it are replaced (trainable_token_indices)
 
     @property
@@ -47,10 +51,49 @@ class Part:
         """The trained parameters that it is made of: the copy, the rows, or A, B and DoRA's magnitudes."""
         if self.tokens is not None:
             return [self.tokens.trainable_tokens_delta[ADAPTER_NAME]]
+        if self.added_bias is not None:
+            return [self.added_bias]
         if self.lora is None:
             return [] if self.trained is None else [self.trained]
+        if isinstance(self.lora, peft_lora.Embedding):
+            return [self.lora.lora_embedding_A[ADAPTER_NAME], self.lora.lora_embedding_B[ADAPTER_NAME]]
         held = [self.lora.lora_A, self.lora.lora_B, self.lora.lora_magnitude_vector]
         return [by_adapter[ADAPTER_NAME].weight for by_adapter in held if ADAPTER_NAME in by_adapter]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the merged tensor."""
+        tensor = self.trained if self.base is None else self.base
+        assert tensor is not None
+        return engines.whole_shape(tensor)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is [in, out], as in an embedding and in GPT-2's Conv1D."""
+        return isinstance(self.lora, peft_lora.Embedding) or bool(getattr(self.lora, "fan_in_fan_out", False))
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        """Its place in a file when numbers are written as `dtype`."""
+        tensor = self.trained if self.base is None else self.base
+        assert tensor is not None
+        is_number = tensor.is_floating_point() or is_packed(tensor)
+        return Layout(self.name, dtype if is_number else tensor.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a merged tensor is made of, on the CPU of the one that writes it."""
+
+    rows: Callable[[int, int], torch.Tensor]  # [first, last) of the base, or of the trained copy
+    masters: Sequence[torch.Tensor] = ()
+
+
+Opener = Callable[[Part], AbstractContextManager[Pieces]]
+
+
+def is_packed(tensor: torch.Tensor) -> bool:
+    """Whether it holds 4-bit numbers, two in a byte."""
+    return getattr(tensor, "quant_state", None) is not None
 
 
 def choose_dtype(wanted: str, precision: str) -> str:
@@ -65,7 +108,7 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
     """
     base = model.get_base_model()
     modules = dict(base.named_modules())
-    plain = (LoraLinear, peft_lora.Linear4bit) if is_quantised(base) else (LoraLinear,)
+    known = (LoraLinear, peft_lora.Embedding, *((peft_lora.Linear4bit,) if is_quantised(base) else ()))
     parts: list[Part] = []
     seen: dict[int, str] = {}  # base tensors that are copied, by identity: a second name of one is a tie
     ties: dict[str, str] = {}
@@ -78,28 +121,141 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
             assert isinstance(tensor, torch.nn.Parameter)
             parts.append(Part(path.replace(f".modules_to_save.{ADAPTER_NAME}", ""), None, trained=tensor))
             continue
-        lora = tokens = None
+        lora = tokens = added_bias = None
         name = path
         if ".base_layer." in path:
             wrapper = owner.removesuffix(".base_layer")
             name = f"{wrapper.removesuffix('.token_adapter')}.{leaf}"
-            layer = modules[wrapper]
+            layer: Any = modules[wrapper]
             if isinstance(layer, TrainableTokensLayer):
                 tokens = layer if leaf == "weight" else None
+            elif type(layer) not in known or _is_odd_dora(layer):
+                raise MergeError(
+                    f"{wrapper}: a {type(layer).__name__} layer cannot be merged; train with run.merge=false, and "
+                    "serve base and adapter."
+                )
             elif leaf == "weight":
-                is_quantised_dora = type(layer) is not LoraLinear and layer.use_dora.get(ADAPTER_NAME)
-                if type(layer) not in plain or layer.fan_in_fan_out or is_quantised_dora:
-                    raise MergeError(
-                        f"{wrapper}: a {type(layer).__name__} layer cannot be merged yet; set run.merge=false."
-                    )
                 lora = layer
+            elif leaf == "bias" and getattr(layer, "lora_bias", {}).get(ADAPTER_NAME):
+                lora, added_bias = layer, layer.lora_B[ADAPTER_NAME].bias
+        if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:  # a bias; LoRA's own are in their layers
+            parts.append(Part(name, None, trained=tensor))
+            continue
         if lora is None and id(tensor) in seen:
             ties[name] = seen[id(tensor)]
             continue
         seen[id(tensor)] = name
-        parts.append(Part(name, tensor, lora=lora, tokens=tokens))
+        parts.append(Part(name, tensor, lora=lora, tokens=tokens, added_bias=added_bias))
     _check_all_used(model, parts)
     return parts, ties
+
+
+# ---- the rule, and its proof ----
+
+
+@dataclass
+class Proof:
+    """What was seen while the tensors were made: by name, the largest rounding error and the probe's deviation."""
+
+    matrices: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, name: str, merged: torch.Tensor, rounded: torch.Tensor, deviation: float) -> None:
+        """A block of a matrix to which something was added, before and after rounding."""
+        error = float((rounded.float() - merged).abs().max()) if merged.numel() else 0.0
+        seen = self.matrices.setdefault(name, {"rounding_error": 0.0, "probe": 0.0})
+        self.matrices[name] = {
+            "rounding_error": max(seen["rounding_error"], error),
+            "probe": max(seen["probe"], deviation),
+        }
+
+
+def add_lora(
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    magnitude: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """W [out, in] + scaling * B [out, r] A [r, in], its rows of DoRA's magnitude [out], before it is rounded.
+
+    Of rows of W, with those rows of B and of the magnitude.
+    """
+    merged = weight.to(dtype).float() + scaling * (lora_b.float() @ lora_a.float())
+    if magnitude is not None:
+        merged *= (magnitude.float() / torch.linalg.norm(merged, dim=1))[:, None]
+    return merged
+
+
+def _deviation(
+    merged: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor | None,
+) -> float:
+    """Of merged @ x from W x + scaling * B (A x) for random x, in terms of |W| |x|; `weight` is in fp32."""
+    x = torch.randn(weight.shape[1], 2, generator=torch.Generator().manual_seed(0))
+    expected = weight @ x + scaling * (lora_b.float() @ (lora_a.float() @ x))
+    if magnitude is not None:
+        # A row of the merged matrix has the length of its magnitude.
+        expected *= (magnitude.float() / torch.linalg.norm(weight + scaling * lora_b.float() @ lora_a.float(), dim=1))[
+            :, None
+        ]
+    size = merged.abs() @ x.abs() + weight.abs() @ x.abs()
+    return float(((merged @ x - expected).abs() / size.clamp_min(1e-30)).max())
+
+
+def merged_blocks(part: Part, pieces: Pieces, dtype: torch.dtype, proof: Proof) -> Iterator[torch.Tensor]:
+    """The rows of a merged tensor, block by block, as they are written.
+
+    Raises MergeError for a block that is not finite in `dtype`, or is not what the adapter makes of the base.
+    """
+    blocks = row_blocks(part.shape)
+    is_matrix = part.lora is not None and part.added_bias is None
+    scaling = float(part.lora.scaling[ADAPTER_NAME]) if part.lora is not None else 0.0
+    if is_matrix and part.is_transposed and len(pieces.masters) > 2:
+        blocks = iter([(0, part.shape[0])])  # DoRA's magnitudes belong to columns here, and want all rows
+    for first, last in blocks:
+        value = pieces.rows(first, last)
+        if part.added_bias is not None:
+            value = (value.to(dtype).float() + scaling * pieces.masters[0][first:last].float()).to(dtype)
+        elif is_matrix:
+            lora_a, lora_b, *magnitudes = pieces.masters
+            magnitude = magnitudes[0] if magnitudes else None
+            if part.is_transposed:
+                weight = value.t()  # [out, rows]
+                lora_a = lora_a[:, first:last]
+            else:
+                weight, lora_b = value, lora_b[first:last]
+                magnitude = None if magnitude is None else magnitude[first:last]
+            merged = add_lora(weight, lora_a, lora_b, scaling, dtype, magnitude)
+            deviation = _deviation(merged, weight.to(dtype).float(), lora_a, lora_b, scaling, magnitude)
+            if not deviation <= _PROBE_TOLERANCE and bool(torch.isfinite(merged).all()):
+                raise MergeError(
+                    f"{part.name}: for a random x the merged matrix gives {deviation:.1e} (of its size) else than base "
+                    "and adapter do; nothing was written, and this is a fault of the merge to be reported."
+                )
+            merged = merged.t() if part.is_transposed else merged
+            value = merged.to(dtype)
+            proof.add(part.name, merged, value, deviation)
+        elif value.is_floating_point():
+            value = value.to(dtype)
+        if part.tokens is not None:
+            value = value.clone()
+            for row, index in enumerate(part.tokens.token_indices[ADAPTER_NAME]):
+                if first <= index < last:
+                    value[index - first] = pieces.masters[0][row].to(dtype)
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise MergeError(
+                f"{part.name} is not finite in {str(dtype).removeprefix('torch.')}; "
+                "set run.merge_dtype to bfloat16 or float32 and run the same command again."
+            )
+        yield value
+
+
+# ---- from the live engine ----
 
 
 def merge(
@@ -120,129 +276,153 @@ def merge(
     Raises MergeError when a merged tensor is not finite in the output type.
     """
     parts, ties = plan_merge(model)
+    parts.sort(key=lambda part: part.name)
     dtype, is_writer = DTYPES[dtype_name], torch.distributed.get_rank() == 0
     base, others = model.get_base_model(), None
     if load_unquantised is not None:
         base = load_unquantised(dtype) if is_writer else base
         others = dict(base.state_dict(keep_vars=True)) if is_writer else {}
-    merged = _merged_tensors(parts, dtype, others)
     if not is_writer:
-        for _ in merged:  # takes part in the gathering
-            pass
+        for part in _in_order(parts, dtype, max_shard_size_bytes):  # takes part in the gathering
+            with _live(part, others, is_writer=False):
+                pass
         return
+    write_merged(
+        target,
+        parts,
+        ties,
+        lambda part: _live(part, others, is_writer=True),
+        base=base,
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        dtype_name=dtype_name,
+        max_shard_size_bytes=max_shard_size_bytes,
+        facts=facts,
+    )
 
-    def write_files(directory: Path) -> None:
-        progress = tqdm(merged, total=len(parts), desc="merge", unit="tensor", leave=False, disable=None)
+
+@contextmanager
+def _live(part: Part, others: Mapping[str, torch.Tensor] | None, *, is_writer: bool) -> Iterator[Pieces]:
+    """A part's pieces while inside, whole on rank zero; a collective.
+
+    `others`, if given, has the base's tensors by name, whole on rank zero; the live ones are quantised.
+    """
+    masters = [engines.whole_master(parameter).cpu() for parameter in part.masters]
+    if part.base is None:
+        yield Pieces(lambda first, last: _rows(masters[0], first, last))
+    elif others is not None:
+        known = others[part.name].detach() if is_writer else torch.empty(0)
+        yield Pieces(lambda first, last: _rows(known, first, last), masters)
+    else:
+        with engines.whole_parameter(part.base) as whole:
+            yield Pieces(lambda first, last: _rows(whole, first, last).to("cpu", copy=True), masters)
+
+
+def _rows(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    return tensor[first:last] if tensor.dim() else tensor
+
+
+# ---- what is written ----
+
+
+def _in_order(parts: Sequence[Part], dtype: torch.dtype, max_shard_size_bytes: int) -> list[Part]:
+    """The parts as their files want them."""
+    by_name = {part.name: part for part in parts}
+    shards = plan_shards((part.layout(dtype) for part in parts), max_shard_size_bytes)
+    return [by_name[layout.name] for shard in shards for layout in shard]
+
+
+def write_merged(
+    target: Path,
+    parts: Sequence[Part],
+    ties: Mapping[str, str],
+    opener: Opener,
+    *,
+    base: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    generation_config: GenerationConfig,
+    dtype_name: str,
+    max_shard_size_bytes: int,
+    facts: Mapping[str, object],
+) -> None:
+    """Write the merged model's directory, whole or not at all; parts are opened in the order of `_in_order`."""
+    dtype, proof = DTYPES[dtype_name], Proof()
+    order = _in_order(parts, dtype, max_shard_size_bytes)
+
+    def blocks() -> Iterator[tuple[Part, Iterator[torch.Tensor]]]:
+        total_bytes = sum(part.layout(dtype).size_bytes for part in order)
+        with tqdm(total=total_bytes, desc="merge", unit="B", unit_scale=True, leave=False, disable=None) as progress:
+            for part in order:
+                with opener(part) as pieces:
+                    yield part, merged_blocks(part, pieces, dtype, proof)
+                progress.update(part.layout(dtype).size_bytes)
+
+    def write_files(directory: Path) -> dict[str, Identity]:
+        identities = {}
         if isinstance(base, PreTrainedModel):
-            _write_shards(directory, progress, max_shard_size_bytes)
+            identities = _write_shards(directory, parts, blocks(), dtype, max_shard_size_bytes)
             config = copy.deepcopy(base.config)
-            config.dtype = DTYPES[dtype_name]
+            config.dtype = dtype
             config.tie_word_embeddings = bool(config.tie_word_embeddings and ties)
             _write_code(directory, base, config)
             config.save_pretrained(str(directory))
             generation_config.save_pretrained(str(directory))
         else:
-            _write_state_dict(directory, progress, ties)
+            _write_state_dict(directory, blocks(), ties)
         tokenizer.save_pretrained(str(directory))
-        merged_matrices = sum(part.lora is not None for part in parts)
-        report = {"dtype": dtype_name, "tensors": len(parts), "merged_matrices": merged_matrices, **facts}
+        report = {
+            "dtype": dtype_name,
+            "tensors": len(parts),
+            "merged_matrices": len(proof.matrices),
+            "largest_rounding_error": max((seen["rounding_error"] for seen in proof.matrices.values()), default=0.0),
+            "largest_probe_deviation": max((seen["probe"] for seen in proof.matrices.values()), default=0.0),
+            **facts,
+            "matrices": proof.matrices,
+        }
         write_json(directory / "merge_report.json", report)
+        return identities
 
     publish(target, write_files, {})
 
 
-def add_lora(
-    weight: torch.Tensor,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
+def _write_shards(
+    directory: Path,
+    parts: Sequence[Part],
+    blocks: Iterator[tuple[Part, Iterator[torch.Tensor]]],
     dtype: torch.dtype,
-    magnitude: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """W [out, in] + scaling * B [out, r] A [r, in], its rows of DoRA's magnitude [out], by the one rounding rule."""
-    product = lora_b.float() @ lora_a.float()
-    merged = weight.to(dtype).float() + scaling * product
-    if magnitude is not None:
-        merged *= (magnitude.float() / torch.linalg.norm(merged, dim=1))[:, None]
-    return merged.to(dtype)
-
-
-def _merged_tensors(
-    parts: Sequence[Part], dtype: torch.dtype, others: Mapping[str, torch.Tensor] | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, merged tensor on the CPU); every rank iterates, the values are whole on rank zero.
-
-    `others`, if given, has the base's tensors by name, whole on rank zero; the live ones are quantised.
-    """
-    is_writer = torch.distributed.get_rank() == 0
-    for part in parts:
-        masters = [engines.whole_master(parameter).cpu() for parameter in part.masters]
-        value = masters[0] if part.trained is not None else torch.empty(0)
-        if part.base is not None and others is not None:
-            value = others[part.name].detach() if is_writer else value
-        elif part.base is not None:
-            with engines.whole_parameter(part.base) as whole:
-                value = whole.to("cpu", copy=True) if is_writer else value
-        if is_writer:
-            if part.lora is not None:
-                lora_a, lora_b, *magnitude = masters
-                value = add_lora(value, lora_a, lora_b, part.lora.scaling[ADAPTER_NAME], dtype, *magnitude)
-            elif part.tokens is not None:
-                value = value.to(dtype)
-                value[part.tokens.token_indices[ADAPTER_NAME]] = masters[0].to(dtype)
-            elif value.is_floating_point():
-                value = value.to(dtype)
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise MergeError(
-                    f"{part.name} is not finite in {str(dtype).removeprefix('torch.')}; "
-                    "set run.merge_dtype to bfloat16 or float32 and run the same command again."
-                )
-        yield part.name, value
-
-
-def _write_shards(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], max_shard_size_bytes: int) -> None:
+    max_shard_size_bytes: int,
+) -> dict[str, Identity]:
     """safetensors shards of at most `max_shard_size_bytes` (a larger tensor stands alone) and their index."""
-    shards: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    total_bytes = shard_bytes = 0
-
-    def flush() -> None:
-        nonlocal shard, shard_bytes
-        save_file(shard, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard, shard_bytes = {}, 0
-
-    for name, tensor in tensors:
-        size_bytes = tensor.numel() * tensor.element_size()
-        if shard and shard_bytes + size_bytes > max_shard_size_bytes:
-            flush()
-        shard[name] = tensor.contiguous()
-        shard_bytes += size_bytes
-        total_bytes += size_bytes
-    flush()
-    if len(shards) == 1:
-        (directory / "shard-0").rename(directory / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"shard-{number}").rename(directory / file_name)
-        weight_map |= dict.fromkeys(names, file_name)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    shards = plan_shards((part.layout(dtype) for part in parts), max_shard_size_bytes)
+    identities: dict[str, Identity] = {}
+    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
+        file = ShardFile(directory / name, shard)
+        for layout in shard:
+            part, rows = next(blocks)
+            assert part.name == layout.name
+            for block in rows:
+                file.append(block)
+        identities[name] = file.close()
+    next(blocks, None)  # ends the progress bar
+    if len(shards) > 1:
+        write_json(directory / "model.safetensors.index.json", index_of(shards))
+    return identities
 
 
-def _write_state_dict(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], ties: dict[str, str]) -> None:
+def _write_state_dict(
+    directory: Path, blocks: Iterator[tuple[Part, Iterator[torch.Tensor]]], ties: Mapping[str, str]
+) -> None:
     """`model.pth` as `torch.save(model.state_dict())` writes it; the tensors wait on the disk, not in memory."""
     waiting = directory / "tensors"
     waiting.mkdir()
     state: dict[str, torch.Tensor] = {}
-    for number, (name, tensor) in enumerate(tensors):
-        if tensor.numel() == 0:
-            state[name] = tensor
-            continue
-        on_disk = torch.from_file(str(waiting / str(number)), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        state[name] = on_disk.view(tensor.shape).copy_(tensor)
+    for number, (part, rows) in enumerate(blocks):
+        for (first, last), block in zip(row_blocks(part.shape), rows, strict=True):
+            if part.name not in state:
+                size = math.prod(part.shape)
+                on_disk = torch.from_file(str(waiting / str(number)), shared=True, size=size, dtype=block.dtype)
+                state[part.name] = on_disk.view(part.shape) if size else torch.empty(part.shape, dtype=block.dtype)
+            (state[part.name][first:last] if part.shape else state[part.name]).copy_(block)
     torch.save(state | {second: state[first] for second, first in ties.items()}, directory / "model.pth")
     shutil.rmtree(waiting)
 
@@ -263,6 +443,11 @@ def _check_all_used(model: PeftModel, parts: Sequence[Part]) -> None:
         raise MergeError(
             f"The merge does not know what to do with {left[0]} ({len(left)} such tensors); set run.merge=false."
         )
+
+
+def _is_odd_dora(layer: Any) -> bool:
+    """DoRA of what is not a plain matrix: its magnitudes are those of the embeddings, or of the weight in 4 bits."""
+    return type(layer) is not LoraLinear and bool(layer.use_dora.get(ADAPTER_NAME))
 
 
 def _persistent_buffers(base: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -23,7 +23,7 @@ LAYERS = (
     "launch.ledger",
     "launch.data_report",
     "launch.data launch.data_page",
-    "launch.tiny launch.quantisation launch.adapter launch.engine launch.packing",
+    "launch.tiny launch.quantisation launch.shards launch.adapter launch.engine launch.packing",
     "launch.job",
     "launch.report",
     "launch.factory",

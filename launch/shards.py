@@ -1,0 +1,231 @@
+"""safetensors files, read by rows and written tensor by tensor: no model is ever in memory whole.
+
+The format is that of https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON header, the header
+(dtype, shape and place of each tensor), then the tensors one after the other.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from launch.errors import MergeError, first_line
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+BLOCK_BYTES = 32 << 20  # of fp32: what is in memory at a time
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor of a file that is to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its numbers."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# ---- reading ----
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file; `rows` reads some of it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[int, int], torch.Tensor]  # [first, last) of its rows
+
+    def whole(self) -> torch.Tensor:
+        """All of it."""
+        return self.read(0, self.shape[0] if self.shape else 1).reshape(self.shape)
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """What is in a file, by name; nothing but the header is read. Raises MergeError when the file is not whole."""
+    try:
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            (header_bytes,) = (int.from_bytes(file.read(8), "little"),)
+            if header_bytes > size_bytes:
+                raise ValueError("it ends in its header")
+            header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        start = 8 + header_bytes
+        found = {name: _stored(path, name, entry, start) for name, entry in header.items()}
+        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end != size_bytes:
+            raise ValueError(f"it has {size_bytes:,} bytes, and its header speaks of {end:,}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MergeError(f"{path} is no whole safetensors file: {first_line(error)}.") from None
+    return found
+
+
+def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Stored:
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin = start + entry["data_offsets"][0]
+    row_bytes = math.prod(shape[1:]) * dtype.itemsize
+
+    def read(first: int, last: int) -> torch.Tensor:
+        block = bytearray((last - first) * row_bytes)
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin + first * row_bytes)
+            if file.readinto(block) != len(block):
+                raise MergeError(f"{path} became shorter while {name} was read.")
+        return torch.frombuffer(block, dtype=dtype).reshape(last - first, *shape[1:]) if block else torch.empty(0)
+
+    return Stored(name, dtype, shape, read)
+
+
+def read_pickle(path: Path) -> dict[str, Stored]:
+    """The same of a `pytorch_model*.bin`, mapped and read weights-only: nothing in it is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever a file that is none makes torch raise
+        raise MergeError(f"{path} cannot be read weights-only: {first_line(error)}.") from None
+
+    def stored(name: str, tensor: torch.Tensor) -> Stored:
+        return Stored(
+            name,
+            tensor.dtype,
+            tuple(tensor.shape),
+            lambda first, last: (tensor if tensor.dim() else tensor[None])[first:last].clone(),
+        )
+
+    return {name: stored(name, tensor) for name, tensor in state.items()}
+
+
+def read_model(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a model's directory, from one file or the shards of its index; safetensors go first.
+
+    Raises MergeError when there is none, when one is missing, or when an index names a file of another directory.
+    """
+    for index_name, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
+        read = read_safetensors if single.endswith(".safetensors") else read_pickle
+        if (directory / index_name).is_file():
+            weight_map = json.loads((directory / index_name).read_text(encoding="utf-8"))["weight_map"]
+            found: dict[str, Stored] = {}
+            for name in sorted(set(weight_map.values())):
+                if Path(name).name != name:
+                    raise MergeError(f"{directory / index_name} names {name!r}, which is not beside it.")
+                found |= read(directory / name)
+            missing = sorted(weight_map.keys() - found.keys())
+            if missing:
+                raise MergeError(f"{directory}: {missing[0]} is in {index_name}, and in no shard.")
+            return found
+        if (directory / single).is_file():
+            return read(directory / single)
+    raise MergeError(f"{directory} has neither {' nor '.join(SINGLE_FILES)}, in one file or in shards.")
+
+
+# ---- writing ----
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """[first, last) of the rows of a tensor, of at most BLOCK_BYTES in fp32 each; one block for what has no rows."""
+    num_rows = shape[0] if shape else 1
+    rows = max(BLOCK_BYTES // max(math.prod(shape[1:]) * 4, 1), 1)
+    yield from ((first, min(first + rows, num_rows)) for first in range(0, num_rows, rows))
+
+
+def plan_shards(layouts: Iterable[Layout], max_shard_size_bytes: int) -> list[list[Layout]]:
+    """Tensors by name, in shards of at most so many bytes; a larger one stands alone."""
+    shards: list[list[Layout]] = [[]]
+    room = max_shard_size_bytes
+    for layout in sorted(layouts, key=lambda layout: layout.name):
+        if shards[-1] and layout.size_bytes > room:
+            shards.append([])
+            room = max_shard_size_bytes
+        shards[-1].append(layout)
+        room -= layout.size_bytes
+    return [sorted(shard, key=lambda layout: (-layout.dtype.itemsize, layout.name)) for shard in shards]
+
+
+def shard_names(count: int) -> list[str]:
+    """As transformers calls them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def index_of(shards: Sequence[Sequence[Layout]]) -> dict[str, Any]:
+    """What model.safetensors.index.json says of the shards."""
+    names = shard_names(len(shards))
+    weight_map = {layout.name: name for name, shard in zip(names, shards, strict=True) for layout in shard}
+    total_bytes = sum(layout.size_bytes for shard in shards for layout in shard)
+    return {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+class ShardFile:
+    """A safetensors file that is written from its first byte to its last, and hashed beside the writing."""
+
+    def __init__(self, path: Path, layouts: Sequence[Layout]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end_bytes = 0
+        for layout in layouts:
+            place = [end_bytes, end_bytes := end_bytes + layout.size_bytes]
+            header[layout.name] = {
+                "dtype": DTYPE_NAMES[layout.dtype],
+                "shape": list(layout.shape),
+                "data_offsets": place,
+            }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+        self._file: BinaryIO = path.open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, "sha256")
+        self._hashing: Future[None] | None = None
+        self._size_bytes = 0
+        self._write(memoryview(len(text).to_bytes(8, "little") + text))
+
+    def append(self, block: torch.Tensor) -> None:
+        """The next numbers of the tensor that is being written."""
+        if block.numel():
+            self._write(block.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> dict[str, Any]:
+        """Its size and SHA-256, once it is on disk."""
+        self._settle()
+        self._thread.shutdown()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"bytes": self._size_bytes, "sha256": self._digest.hexdigest()}
+
+    def _write(self, block: memoryview) -> None:
+        self._settle()
+        self._hashing = self._thread.submit(self._digest.update, block)
+        while block:
+            written = self._file.write(block)
+            self._size_bytes += written
+            block = block[written:]
+
+    def _settle(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
+            self._hashing = None
