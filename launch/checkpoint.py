@@ -169,7 +169,7 @@ def publish(
         others = [path for path in temporary.iterdir() if path.name not in known]
         for path in others:
             _sync(path)
-        files = {**known, **{path.name: _identity(path) for path in others}}
+        files = {**known, **{path.name: identity_of_file(path) for path in others}}
         files = dict(sorted(files.items()))
         write_json(temporary / "manifest.json", {**manifest, "files": files})
         _sync(temporary)
@@ -199,7 +199,7 @@ def verify(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: manifest.json cannot be read ({type(error).__name__}).") from None
     for name, identity in files.items():
         try:
-            found = _identity(path / name)
+            found = identity_of_file(path / name)
         except OSError as error:
             raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror}).") from None
         if found != identity:
@@ -325,7 +325,8 @@ def _by_step(directory: Path) -> list[Path]:
     return [path for _, path in sorted(named)]
 
 
-def _identity(path: Path) -> Identity:
+def identity_of_file(path: Path) -> Identity:
+    """Its size and SHA-256."""
     with path.open("rb") as file:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 

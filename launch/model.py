@@ -148,7 +148,13 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
         return
     if recipe.model.load_in_4bit:
         check_usable()
-    settings = recipe.model
+    model = build_skeleton(base, recipe.model)
+    if model is not None:
+        check_skeleton(model, recipe)
+
+
+def build_skeleton(base: str, settings: ModelBlock) -> PreTrainedModel | None:
+    """The base on the meta device, without its weights; None, said aloud, for remote code that wants values."""
     config = (
         tiny.tiny_config(tiny.build_tiny_tokenizer(TINY_ROWS)) if base == TINY_MODEL_NAME else _config(base, settings)
     )
@@ -169,8 +175,9 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
         # Nobody knows what remote code does when it is made; it may want values, which a meta tensor has not.
         note = f"{model_class.__name__} cannot be made without weights, so its targets are checked with them"
         print(f"{note}: {type(error).__name__}: {first_line(error)}.", file=sys.stderr, flush=True)
-        return
-    check_skeleton(skeleton, recipe)
+        return None
+    assert isinstance(skeleton, PreTrainedModel)
+    return skeleton
 
 
 def check_skeleton(skeleton: PreTrainedModel, recipe: Recipe) -> None:

@@ -1,6 +1,6 @@
 """Tokens that the recipe adds: their rows in the base's embeddings and head."""
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import torch
 from peft import PeftModel
@@ -29,24 +29,43 @@ def fit_vocabulary(
                 setattr(config, f"{name}_id", getattr(tokenizer, f"{name}_id"))
     if not added:
         return
+    own = own_rows(model, tokenizer, added)
+    add_rows(model, added)
+    tensors = _by_row(model)
+    with engines.written_whole(tensors), torch.no_grad():
+        for tensor in tensors:
+            tensor.copy_(rows_with_mean(tensor, own))
+
+
+def own_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: Set[int]) -> list[int]:
+    """The rows of the tokens that the base was trained with, before any are added to it."""
     num_rows = engines.whole_shape(_by_row(model)[0])[0]
-    own = sorted(index for index in set(tokenizer.get_vocab().values()) - added if index < num_rows)
-    if max(added) >= num_rows:
-        # transformers draws the new rows at random, on every rank for itself; they are written over below.
+    return sorted(index for index in set(tokenizer.get_vocab().values()) - added if index < num_rows)
+
+
+def add_rows(model: PreTrainedModel, added: Set[int]) -> None:
+    """Give embeddings and head a row for each of these ids, if they have none; what the new rows hold is undecided."""
+    num_rows = engines.whole_shape(_by_row(model)[0])[0]
+    if added and max(added) >= num_rows:
+        # transformers draws the new rows at random, on every rank for itself.
         model.resize_token_embeddings(max(added) + 1, pad_to_multiple_of=ROWS_MULTIPLE, mean_resizing=False)
         num_rows = model.config.get_text_config().vocab_size
-    tensors = _by_row(model)
-    shapes = [engines.whole_shape(tensor) for tensor in tensors]
+    shapes = [engines.whole_shape(tensor) for tensor in _by_row(model)]
     if any(shape[0] != num_rows for shape in shapes):
         raise ModelError(
             f"{type(model).__name__} cannot be given {num_rows} rows for the added tokens (its embeddings and head "
             f"have {', '.join(str(shape[0]) for shape in shapes)}); add no tokens, or take another base."
         )
-    with engines.written_whole(tensors), torch.no_grad():
-        for tensor in tensors:
-            is_own = torch.zeros(num_rows, dtype=torch.bool, device=tensor.device)
-            is_own[own] = True
-            tensor[~is_own] = tensor[is_own].mean(0, dtype=torch.float32).to(tensor.dtype)
+
+
+def rows_with_mean(tensor: torch.Tensor, own: Sequence[int], num_rows: int | None = None) -> torch.Tensor:
+    """So many rows (None: as many as before), of which all but `own` are the mean of those."""
+    is_own = torch.zeros(num_rows or tensor.shape[0], dtype=torch.bool, device=tensor.device)
+    is_own[list(own)] = True
+    rows = tensor.new_empty(len(is_own), *tensor.shape[1:])
+    rows[: len(tensor)] = tensor
+    rows[~is_own] = rows[is_own].mean(0, dtype=torch.float32).to(tensor.dtype)
+    return rows
 
 
 def check_added_are_trained(model: PeftModel, tokenizer: PreTrainedTokenizerBase, added: Set[int]) -> None:
@@ -81,6 +100,12 @@ def load_unquantised(
     model = load_base(base, settings.model_copy(update={"load_in_4bit": False}), precision)
     fit_vocabulary(model, tokenizer, added, settings)
     return model
+
+
+def row_names(model: PreTrainedModel) -> set[str]:
+    """The names of the parameters with a row for each token."""
+    by_row = {id(tensor) for tensor in _by_row(model)}
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in by_row}
 
 
 def _by_row(model: PreTrainedModel) -> list[torch.Tensor]:

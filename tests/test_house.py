@@ -29,7 +29,7 @@ LAYERS = (
     "launch.factory",
     "launch.model",
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
-    "launch.generate launch.saving",
+    "launch.generate launch.saving launch.merge_from_disk",
     "train launch.__main__",
 )
 NUM_LIGHT_LAYERS = 8  # these start fast on a login node

@@ -1,0 +1,293 @@
+"""The same merge from disk: no GPU, no other process, and of the base only the rows that are being written.
+
+The model is built without weights and given its adapter, so that the plan is the live engine's; each number then comes
+from a file. The base is read where it is and never written.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from launch import checkpoint as checkpoints
+from launch import merge as merging
+from launch.adapter import ADAPTER_NAME
+from launch.config import load_recipe
+from launch.errors import CheckpointError, MergeError
+from launch.fingerprint import digest_of
+from launch.hub import fetch
+from launch.merge import Part, Pieces
+from launch.model import (
+    DTYPES,
+    added_token_ids,
+    build_skeleton,
+    fingerprint_base,
+    resolve_base,
+    serving_generation_config,
+)
+from launch.recipe import ModelBlock, Recipe
+from launch.shards import Stored, read_model, read_safetensors
+from launch.vocabulary import add_rows, own_rows, row_names, rows_with_mean
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE_FILES = ("*.json", "*.safetensors", "*.bin", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+# Ways to begin that take something away from the base, which is then not the one on disk.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter on disk: a run's, a checkpoint's, or any that PEFT saved."""
+
+    adapter: Path  # the directory with adapter_config.json
+    recipe: Recipe | None  # of the run that it belongs to
+    precision: str | None  # that it was trained in
+
+
+def find_source(path: Path) -> Source:
+    """A run, one of its checkpoints, or a directory that PEFT wrote. Raises MergeError for anything else."""
+    run = path if (path / "recipe.yaml").is_file() else path.parent.parent
+    recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    directory = path / "adapter" if path == run and (path / "adapter").is_dir() else path
+    precision = None
+    if recipe is not None:
+        newest = checkpoints.newest_step(run)
+        if path == run and not (path / "adapter").is_dir() and newest:
+            directory = checkpoints.path_of_step(run, newest)
+        if newest:
+            state = json.loads((checkpoints.path_of_step(run, newest) / "state.json").read_text(encoding="utf-8"))
+            precision = state["identity"]["precision"]
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise MergeError(
+                f"{directory} has no {name}; give a run, one of its checkpoints, or a directory that PEFT's "
+                "save_pretrained wrote."
+            )
+    if (directory / "manifest.json").is_file():
+        try:
+            checkpoints.verify(directory)
+        except CheckpointError as error:
+            raise MergeError(str(error)) from None
+    return Source(directory, recipe, precision)
+
+
+def merge_from_disk(
+    source: Source,
+    target: Path,
+    *,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+    dtype_name: str | None = None,
+    max_shard_size_bytes: int,
+    overwrite: bool = False,
+) -> bool:
+    """Merge into `target`, which appears whole or not at all; False when this very merge is there already.
+
+    Raises MergeError for an adapter that does not fit the base tensor by tensor, and for an output that is something
+    else, unless `overwrite`.
+    """
+    peft_config = _peft_config(source.adapter)
+    settings = _settings(source, base or str(peft_config.base_model_name_or_path), trust_remote_code)
+    name = str(resolve_base(source.recipe)) if source.recipe and base is None else settings.name_or_path
+    directory, _ = fetch("The base", name, BASE_FILES, settings.revision, MergeError)
+    stored = read_model(directory)
+    trained = read_safetensors(source.adapter / WEIGHTS)
+    dtype_name = dtype_name or _dtype_name(source, stored)
+    facts = {
+        "adapter": digest_of(checkpoints.identity_of_file(source.adapter / WEIGHTS)),
+        "base": str(directory),
+        "base_files": fingerprint_base(str(directory), settings),
+        "max_shard_size_bytes": max_shard_size_bytes,
+    }
+    if _is_there(target, {"dtype": dtype_name, **facts}, overwrite):
+        return False
+
+    tokenizer = _tokenizer(source, directory, settings)
+    skeleton = build_skeleton(str(directory), settings)
+    if not isinstance(skeleton, PreTrainedModel):
+        raise MergeError(
+            f"{directory}: its model cannot be made without weights, so it merges at the end of a run only."
+        )
+    if (directory / "generation_config.json").is_file():
+        skeleton.generation_config = GenerationConfig.from_pretrained(str(directory))
+    added = added_token_ids(tokenizer, str(directory), settings) if source.recipe else set()
+    own = own_rows(skeleton, tokenizer, added) if added else []
+    add_rows(skeleton, added)
+    _resize_as_saved(skeleton, trained)
+    skeleton.tie_weights()
+    by_token = row_names(skeleton)
+    model = get_peft_model(skeleton, peft_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    keys = _keys(model, trained)
+    parts, ties = merging.plan_merge(model)
+    on_disk = _names_on_disk(parts, stored, trained, skeleton.base_model_prefix, by_token)
+    dtype = DTYPES[source.precision or "fp32"]  # that the base had while rows were added to it
+    merging.write_merged(
+        target,
+        parts,
+        ties,
+        lambda part: _from_disk(part, on_disk, keys, trained, (own, dtype) if part.name in by_token and own else None),
+        base=skeleton,
+        tokenizer=tokenizer,
+        generation_config=_generation_config(source, skeleton, tokenizer),
+        dtype_name=dtype_name,
+        max_shard_size_bytes=max_shard_size_bytes,
+        facts=facts,
+    )
+    return True
+
+
+def _peft_config(directory: Path) -> LoraConfig:
+    config = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(config, LoraConfig):
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        raise MergeError(f"{directory} is {kind}, which is no weights of the base; serve the base with the adapter.")
+    began = str(config.init_lora_weights).lower()
+    if began.startswith(CHANGES_THE_BASE):
+        raise MergeError(
+            f"{directory} began as {config.init_lora_weights}, which changes the base as well; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, and merge that."
+        )
+    config.init_lora_weights = True  # what it begins with is not looked at
+    config.inference_mode = False  # so that what is trained can be told from the base
+    return config
+
+
+def _settings(source: Source, base: str, trust_remote_code: bool) -> ModelBlock:
+    if source.recipe is None:
+        return ModelBlock(name_or_path=base, trust_remote_code=trust_remote_code)
+    if source.recipe.model.factory is not None:
+        raise MergeError(f"{source.adapter}: a model of a factory is merged at the end of its run only.")
+    return source.recipe.model.model_copy(update={"load_in_4bit": False})
+
+
+def _dtype_name(source: Source, stored: Mapping[str, Stored]) -> str:
+    """The recipe's, as at the end of the run; for another adapter the base's own, if it has 16 bits."""
+    if source.recipe is not None and source.precision is not None:
+        return merging.choose_dtype(source.recipe.run.merge_dtype, source.precision)
+    types = {tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point}
+    return "bfloat16" if types == {torch.bfloat16} else "float16"
+
+
+def _is_there(target: Path, facts: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether this merge stands in `target`. Raises MergeError when something else does, unless `overwrite`."""
+    if not target.exists():
+        return False
+    try:
+        checkpoints.verify(target)
+        report = json.loads((target / "merge_report.json").read_text(encoding="utf-8"))
+        if all(report.get(name) == value for name, value in facts.items()):
+            return True
+        found = "another merge"
+    except (CheckpointError, OSError, ValueError):
+        found = "something else"
+    if not overwrite:
+        raise MergeError(f"{target} is there and is {found}; give another --output, or --overwrite.")
+    return False
+
+
+def _tokenizer(source: Source, base: Path, settings: ModelBlock) -> PreTrainedTokenizerBase:
+    has_its_own = (source.adapter / "tokenizer_config.json").is_file()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        str(source.adapter if has_its_own else base), trust_remote_code=settings.trust_remote_code
+    )
+    return tokenizer
+
+
+def _generation_config(
+    source: Source, skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    if (source.adapter / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(str(source.adapter))
+    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return serving_generation_config(skeleton, ends)
+
+
+def _keys(model: PeftModel, trained: Mapping[str, Stored]) -> dict[int, str]:
+    """Of each trained parameter, by identity, the name in the adapter's file: every one is there, and nothing else.
+
+    PEFT adds the whole embeddings to some; they are the base's, and what was trained of them stands beside them.
+    """
+    state = dict(model.named_parameters(remove_duplicate=False))
+    expected = get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+    )
+    missing = sorted(expected.keys() - trained.keys())
+    extra = sorted(key for key in trained.keys() - expected.keys() if not key.endswith(".base_layer.weight"))
+    for fault, keys in (("is not in the adapter", missing), ("is in the adapter, and in no layer of the base", extra)):
+        if keys:
+            raise MergeError(f"{keys[0]} {fault} ({len(keys)} such tensors); is this the base it was trained on?")
+    for key, parameter in expected.items():
+        if tuple(parameter.shape) != trained[key].shape:
+            raise MergeError(
+                f"{key} has the shape {list(trained[key].shape)}, and the base wants {list(parameter.shape)}; is this "
+                "the base it was trained on?"
+            )
+    return {id(parameter): key for key, parameter in expected.items()}
+
+
+def _names_on_disk(
+    parts: Sequence[Part],
+    stored: Mapping[str, Stored],
+    trained: Mapping[str, Stored],
+    prefix: str,
+    by_token: Set[str],
+) -> dict[str, Stored]:
+    """What each part is made of; files of older models leave the first part of the names out, or have one more."""
+    found = {}
+    for part in parts:
+        if part.base is None:
+            continue
+        candidates = (part.name, part.name.removeprefix(f"{prefix}."), f"{prefix}.{part.name}")
+        tensor = next((stored[name] for name in candidates if name in stored), None)
+        tensor = _whole_embedding(part.name, trained) or tensor
+        if tensor is None:
+            raise MergeError(f"{part.name} is in no file of the base; is this the base the adapter was trained on?")
+        is_longer = part.name in by_token and tensor.shape[0] < part.shape[0]
+        if tensor.shape != part.shape and not (is_longer and tensor.shape[1:] == part.shape[1:]):
+            raise MergeError(
+                f"{part.name} has the shape {list(tensor.shape)} in the base, and the adapter wants "
+                f"{list(part.shape)}; is this the base it was trained on?"
+            )
+        found[part.name] = tensor
+    return found
+
+
+def _resize_as_saved(skeleton: PreTrainedModel, trained: Mapping[str, Stored]) -> None:
+    """Another tool may have trained with more rows; PEFT then saves the embeddings whole."""
+    saved = [_whole_embedding(name, trained) for name in sorted(row_names(skeleton))]
+    rows = {tensor.shape[0] for tensor in saved if tensor is not None}
+    if rows - {skeleton.config.get_text_config().vocab_size}:
+        skeleton.resize_token_embeddings(max(rows), mean_resizing=False)
+
+
+def _whole_embedding(name: str, trained: Mapping[str, Stored]) -> Stored | None:
+    """What the adapter's file has in the place of this parameter of the base."""
+    stem, _, leaf = name.rpartition(".")
+    keys = (f"base_model.model.{stem}.base_layer.{leaf}", f"base_model.model.{name}")
+    return next((trained[key] for key in keys if key in trained), None)
+
+
+@contextmanager
+def _from_disk(
+    part: Part,
+    on_disk: Mapping[str, Stored],
+    keys: Mapping[int, str],
+    trained: Mapping[str, Stored],
+    own: tuple[Sequence[int], torch.dtype] | None,
+) -> Iterator[Pieces]:
+    """`own`: the rows that the base was trained with and the type it had, for a tensor to which rows were added."""
+    masters = [trained[keys[id(parameter)]].whole() for parameter in part.masters]
+    if part.base is None:
+        yield Pieces(lambda first, last: masters[0][first:last])
+    elif own is not None:
+        rows, dtype = own
+        whole = rows_with_mean(on_disk[part.name].whole().to(dtype), rows, part.shape[0])
+        yield Pieces(lambda first, last: whole[first:last], masters)
+    else:
+        yield Pieces(on_disk[part.name].read, masters)
