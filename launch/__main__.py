@@ -1,6 +1,7 @@
 """python -m launch check | data | preview | generate: what a recipe will do, and what its run has learned."""
 
 import functools
+import re
 import sys
 import tempfile
 import time
@@ -13,7 +14,7 @@ import typer
 
 from launch import preflight, runs
 from launch.config import DEFAULT_RECIPE, parse_command_line
-from launch.errors import LaunchError, PreflightError
+from launch.errors import ConfigError, LaunchError, PreflightError
 from launch.recipe import TINY_MODEL_NAME, Recipe
 from launch.table import format_table
 
@@ -64,6 +65,24 @@ def generate(
 ) -> None:
     """Answer held-out rows with what a finished run has trained, beside their own answers."""
     _refuse_in_one_sentence(lambda: _generate(parse_command_line(arguments or []), rows, max_new_tokens))
+
+
+@app.command()
+def merge(
+    source: Annotated[Path, typer.Argument(help="A run, one of its checkpoints, or a directory that PEFT wrote.")],
+    output: Annotated[Path | None, typer.Option(help="Where to; of a run, its merged/.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base, if it is not where the adapter says.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; else the trained type.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file, such as 4GB or 500MB.")] = "4GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the base's own code.")] = False,
+) -> None:
+    """Merge an adapter into its base from disk, without a GPU, in the memory of a few rows."""
+
+    def work() -> None:
+        _merge(source, output, base, dtype, max_shard_size, overwrite, trust_remote_code)
+
+    _refuse_in_one_sentence(work)
 
 
 def _check(recipe: Recipe) -> None:
@@ -201,6 +220,48 @@ def _generate(recipe: Recipe, num_rows: int, max_new_tokens: int) -> None:
 
     for answer in answers(recipe, num_rows, max_new_tokens):
         print(answer.as_text(), flush=True)
+
+
+def _merge(
+    source: Path,
+    output: Path | None,
+    base: str | None,
+    dtype: str | None,
+    max_shard_size: str,
+    overwrite: bool,
+    trust_remote_code: bool,
+) -> None:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", max_shard_size.strip(), re.IGNORECASE)
+    if size is None or float(size[1]) == 0:
+        raise ConfigError(f"--max-shard-size {max_shard_size!r} is no size; write 4GB or 500MB.")
+    max_shard_size_bytes = int(float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " "))
+    import transformers
+
+    from launch.merge import DTYPES
+    from launch.merge_from_disk import find_source, merge_from_disk
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype!r} is not valid; the valid ones are {', '.join(DTYPES)}.")
+    transformers.logging.set_verbosity_error()
+    found = find_source(source)
+    if output is None and not (source / "recipe.yaml").is_file():
+        raise ConfigError(f"{source} is no run, whose merged/ would be the place; give --output.")
+    target = output or source / "merged"
+    start = time.monotonic()
+    is_new = merge_from_disk(
+        found,
+        target,
+        base=base,
+        trust_remote_code=trust_remote_code,
+        dtype_name=dtype,
+        max_shard_size_bytes=max_shard_size_bytes,
+        overwrite=overwrite,
+    )
+    if not is_new:
+        print(f"{target}: already merged, and whole.")
+        return
+    print(f"{target}: merged in {time.monotonic() - start:.1f} s; merge_report.json says what was compared.")
+    print(f"Serve it, for instance with: vllm serve {target}")
 
 
 def _mark(text: str) -> str:

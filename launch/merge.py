@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from tqdm import tqdm
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from launch import engine as engines
@@ -29,7 +30,7 @@ from launch.checkpoint import Identity, publish
 from launch.errors import MergeError
 from launch.quantisation import is_quantised
 from launch.runs import write_json
-from launch.shards import Layout, ShardFile, index_of, plan_shards, row_blocks, shard_names
+from launch.shards import Layout, ShardFile, index_of, row_blocks, shard_names
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _PROBE_TOLERANCE = 1e-5  # of |W| |x|, for sums in fp32
@@ -39,12 +40,14 @@ _PROBE_TOLERANCE = 1e-5  # of |W| |x|, for sums in fp32
 class Part:
     """One tensor of the merged model and what it is made of."""
 
-    name: str  # in the merged model, which is the base model's own
+    name: str  # in the model
     base: torch.Tensor | None  # a parameter or buffer that is copied or added to
     trained: torch.nn.Parameter | None = None  # a whole copy that replaces it (modules_to_save, biases)
     lora: Any = None  # PEFT's layer, whose A and B are added to its weight
     added_bias: torch.nn.Parameter | None = None  # of B (lora_bias), times the layer's scaling
     tokens: TrainableTokensLayer | None = None  # rows of it are replaced (trainable_token_indices)
+    # (name, shape) of what the model's files have for it: transformers renames on loading, and fuses experts.
+    published: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def masters(self) -> list[torch.nn.Parameter]:
@@ -72,12 +75,13 @@ class Part:
         """Whether the weight is [in, out], as in an embedding and in GPT-2's Conv1D."""
         return isinstance(self.lora, peft_lora.Embedding) or bool(getattr(self.lora, "fan_in_fan_out", False))
 
-    def layout(self, dtype: torch.dtype) -> Layout:
+    def layouts(self, dtype: torch.dtype) -> list[Layout]:
         """Its place in a file when numbers are written as `dtype`."""
         tensor = self.trained if self.base is None else self.base
         assert tensor is not None
         is_number = tensor.is_floating_point() or is_packed(tensor)
-        return Layout(self.name, dtype if is_number else tensor.dtype, self.shape)
+        published = self.published or ((self.name, self.shape),)
+        return [Layout(name, dtype if is_number else tensor.dtype, shape) for name, shape in published]
 
 
 @dataclass(frozen=True)
@@ -144,10 +148,18 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
         if lora is None and id(tensor) in seen:
             ties[name] = seen[id(tensor)]
             continue
-        seen[id(tensor)] = name
+        if lora is None:
+            seen[id(tensor)] = name
         parts.append(Part(name, tensor, lora=lora, tokens=tokens, added_bias=added_bias))
     _check_all_used(model, parts)
-    return parts, ties
+    return [replace(part, published=_published(base, part)) for part in parts], ties
+
+
+def _published(base: torch.nn.Module, part: Part) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    if not isinstance(base, PreTrainedModel):
+        return ()
+    reverted = revert_weight_conversion(base, {part.name: torch.empty(part.shape, device="meta")})
+    return tuple((name, tuple(tensor.shape)) for name, tensor in reverted.items())
 
 
 # ---- the rule, and its proof ----
@@ -276,14 +288,14 @@ def merge(
     Raises MergeError when a merged tensor is not finite in the output type.
     """
     parts, ties = plan_merge(model)
-    parts.sort(key=lambda part: part.name)
     dtype, is_writer = DTYPES[dtype_name], torch.distributed.get_rank() == 0
     base, others = model.get_base_model(), None
     if load_unquantised is not None:
         base = load_unquantised(dtype) if is_writer else base
         others = dict(base.state_dict(keep_vars=True)) if is_writer else {}
     if not is_writer:
-        for part in _in_order(parts, dtype, max_shard_size_bytes):  # takes part in the gathering
+        shards = plan_shards(parts, dtype, max_shard_size_bytes)
+        for part in [part for shard in shards for part in shard]:  # takes part in the gathering
             with _live(part, others, is_writer=False):
                 pass
         return
@@ -325,11 +337,22 @@ def _rows(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
 # ---- what is written ----
 
 
-def _in_order(parts: Sequence[Part], dtype: torch.dtype, max_shard_size_bytes: int) -> list[Part]:
-    """The parts as their files want them."""
-    by_name = {part.name: part for part in parts}
-    shards = plan_shards((part.layout(dtype) for part in parts), max_shard_size_bytes)
-    return [by_name[layout.name] for shard in shards for layout in shard]
+def plan_shards(parts: Sequence[Part], dtype: torch.dtype, max_shard_size_bytes: int) -> list[list[Part]]:
+    """The parts by name, in shards of at most so many bytes; a larger one stands alone."""
+    shards: list[list[Part]] = [[]]
+    room_bytes = max_shard_size_bytes
+    for part in sorted(parts, key=lambda part: part.layouts(dtype)[0].name):
+        if shards[-1] and _size_bytes(part, dtype) > room_bytes:
+            shards.append([])
+            room_bytes = max_shard_size_bytes
+        shards[-1].append(part)
+        room_bytes -= _size_bytes(part, dtype)
+    # Wide numbers first, so that each tensor is aligned; the order is otherwise the names'.
+    return [sorted(shard, key=lambda part: -part.layouts(dtype)[0].dtype.itemsize) for shard in shards]
+
+
+def _size_bytes(part: Part, dtype: torch.dtype) -> int:
+    return sum(layout.size_bytes for layout in part.layouts(dtype))
 
 
 def write_merged(
@@ -345,22 +368,22 @@ def write_merged(
     max_shard_size_bytes: int,
     facts: Mapping[str, object],
 ) -> None:
-    """Write the merged model's directory, whole or not at all; parts are opened in the order of `_in_order`."""
+    """Write the merged model's directory, whole or not at all; parts are opened in the order of `plan_shards`."""
     dtype, proof = DTYPES[dtype_name], Proof()
-    order = _in_order(parts, dtype, max_shard_size_bytes)
+    shards = plan_shards(parts, dtype, max_shard_size_bytes)
 
-    def blocks() -> Iterator[tuple[Part, Iterator[torch.Tensor]]]:
-        total_bytes = sum(part.layout(dtype).size_bytes for part in order)
+    def blocks() -> Iterator[Iterator[torch.Tensor]]:
+        total_bytes = sum(_size_bytes(part, dtype) for part in parts)
         with tqdm(total=total_bytes, desc="merge", unit="B", unit_scale=True, leave=False, disable=None) as progress:
-            for part in order:
+            for part in [part for shard in shards for part in shard]:
                 with opener(part) as pieces:
-                    yield part, merged_blocks(part, pieces, dtype, proof)
-                progress.update(part.layout(dtype).size_bytes)
+                    yield merged_blocks(part, pieces, dtype, proof)
+                progress.update(_size_bytes(part, dtype))
 
     def write_files(directory: Path) -> dict[str, Identity]:
         identities = {}
         if isinstance(base, PreTrainedModel):
-            identities = _write_shards(directory, parts, blocks(), dtype, max_shard_size_bytes)
+            identities = _write_shards(directory, shards, blocks(), base, dtype)
             config = copy.deepcopy(base.config)
             config.dtype = dtype
             config.tie_word_embeddings = bool(config.tie_word_embeddings and ties)
@@ -368,7 +391,7 @@ def write_merged(
             config.save_pretrained(str(directory))
             generation_config.save_pretrained(str(directory))
         else:
-            _write_state_dict(directory, blocks(), ties)
+            _write_state_dict(directory, shards, blocks(), ties)
         tokenizer.save_pretrained(str(directory))
         report = {
             "dtype": dtype_name,
@@ -387,36 +410,41 @@ def write_merged(
 
 def _write_shards(
     directory: Path,
-    parts: Sequence[Part],
-    blocks: Iterator[tuple[Part, Iterator[torch.Tensor]]],
+    shards: Sequence[Sequence[Part]],
+    blocks: Iterator[Iterator[torch.Tensor]],
+    base: PreTrainedModel,
     dtype: torch.dtype,
-    max_shard_size_bytes: int,
 ) -> dict[str, Identity]:
-    """safetensors shards of at most `max_shard_size_bytes` (a larger tensor stands alone) and their index."""
-    shards = plan_shards((part.layout(dtype) for part in parts), max_shard_size_bytes)
+    """safetensors shards and their index, under the names that the hub's files have."""
     identities: dict[str, Identity] = {}
-    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-        file = ShardFile(directory / name, shard)
-        for layout in shard:
-            part, rows = next(blocks)
-            assert part.name == layout.name
+    layouts = [[layout for part in shard for layout in part.layouts(dtype)] for shard in shards]
+    for name, shard, places in zip(shard_names(len(shards)), shards, layouts, strict=True):
+        file = ShardFile(directory / name, places)
+        for part, rows in zip(shard, blocks, strict=False):
+            if len(part.published) > 1:  # fused experts: whole, and taken apart again
+                whole = torch.cat(list(rows))
+                rows = iter(revert_weight_conversion(base, {part.name: whole}).values())
             for block in rows:
                 file.append(block)
         identities[name] = file.close()
     next(blocks, None)  # ends the progress bar
     if len(shards) > 1:
-        write_json(directory / "model.safetensors.index.json", index_of(shards))
+        write_json(directory / "model.safetensors.index.json", index_of(layouts))
     return identities
 
 
 def _write_state_dict(
-    directory: Path, blocks: Iterator[tuple[Part, Iterator[torch.Tensor]]], ties: Mapping[str, str]
+    directory: Path,
+    shards: Sequence[Sequence[Part]],
+    blocks: Iterator[Iterator[torch.Tensor]],
+    ties: Mapping[str, str],
 ) -> None:
     """`model.pth` as `torch.save(model.state_dict())` writes it; the tensors wait on the disk, not in memory."""
     waiting = directory / "tensors"
     waiting.mkdir()
     state: dict[str, torch.Tensor] = {}
-    for number, (part, rows) in enumerate(blocks):
+    parts = [part for shard in shards for part in shard]
+    for number, (part, rows) in enumerate(zip(parts, blocks, strict=True)):
         for (first, last), block in zip(row_blocks(part.shape), rows, strict=True):
             if part.name not in state:
                 size = math.prod(part.shape)

@@ -7,7 +7,7 @@ from a file. The base is read where it is and never written.
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def merge_from_disk(
     model = get_peft_model(skeleton, peft_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     keys = _keys(model, trained)
     parts, ties = merging.plan_merge(model)
-    on_disk = _names_on_disk(parts, stored, trained, skeleton.base_model_prefix, by_token)
+    parts, on_disk = _on_disk(parts, stored, trained, skeleton.base_model_prefix, by_token)
     dtype = DTYPES[source.precision or "fp32"]  # that the base had while rows were added to it
     merging.write_merged(
         target,
@@ -231,31 +231,41 @@ def _keys(model: PeftModel, trained: Mapping[str, Stored]) -> dict[int, str]:
     return {id(parameter): key for key, parameter in expected.items()}
 
 
-def _names_on_disk(
+def _on_disk(
     parts: Sequence[Part],
     stored: Mapping[str, Stored],
     trained: Mapping[str, Stored],
     prefix: str,
     by_token: Set[str],
-) -> dict[str, Stored]:
-    """What each part is made of; files of older models leave the first part of the names out, or have one more."""
-    found = {}
+) -> tuple[list[Part], dict[str, Stored]]:
+    """(the parts under the names of the base's files, by name what each is made of).
+
+    Files of older models leave the first part of the names out, or have one more. What transformers fuses on loading
+    stays as it is in the files. Of tied tensors, which are one, the files may have the first only.
+    """
+    renamed, found = [], {}
+    firsts: dict[int, Stored] = {}
     for part in parts:
         if part.base is None:
+            renamed.append(part)
             continue
-        candidates = (part.name, part.name.removeprefix(f"{prefix}."), f"{prefix}.{part.name}")
-        tensor = next((stored[name] for name in candidates if name in stored), None)
-        tensor = _whole_embedding(part.name, trained) or tensor
-        if tensor is None:
-            raise MergeError(f"{part.name} is in no file of the base; is this the base the adapter was trained on?")
-        is_longer = part.name in by_token and tensor.shape[0] < part.shape[0]
-        if tensor.shape != part.shape and not (is_longer and tensor.shape[1:] == part.shape[1:]):
-            raise MergeError(
-                f"{part.name} has the shape {list(tensor.shape)} in the base, and the adapter wants "
-                f"{list(part.shape)}; is this the base it was trained on?"
-            )
-        found[part.name] = tensor
-    return found
+        for name, shape in part.published:
+            candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+            tensor = next((stored[known] for known in candidates if known in stored), None)
+            tensor = _whole_embedding(part.name, trained) or tensor or firsts.get(id(part.base))
+            if tensor is None:
+                raise MergeError(f"{name} is in no file of the base; is this the base the adapter was trained on?")
+            is_longer = part.name in by_token and tensor.shape[0] < shape[0]
+            if tensor.shape != shape and not (is_longer and tensor.shape[1:] == shape[1:]):
+                raise MergeError(
+                    f"{name} has the shape {list(tensor.shape)} in the base, and the adapter wants {list(shape)}; is "
+                    "this the base it was trained on?"
+                )
+            is_fused = len(part.published) > 1
+            base = torch.empty(shape, dtype=tensor.dtype, device="meta") if is_fused else part.base
+            renamed.append(replace(part, name=name, base=base, published=((name, shape),)))
+            found[name] = firsts[id(part.base)] = tensor
+    return renamed, found
 
 
 def _resize_as_saved(skeleton: PreTrainedModel, trained: Mapping[str, Stored]) -> None:

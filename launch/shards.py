@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,19 +152,6 @@ def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     num_rows = shape[0] if shape else 1
     rows = max(BLOCK_BYTES // max(math.prod(shape[1:]) * 4, 1), 1)
     yield from ((first, min(first + rows, num_rows)) for first in range(0, num_rows, rows))
-
-
-def plan_shards(layouts: Iterable[Layout], max_shard_size_bytes: int) -> list[list[Layout]]:
-    """Tensors by name, in shards of at most so many bytes; a larger one stands alone."""
-    shards: list[list[Layout]] = [[]]
-    room = max_shard_size_bytes
-    for layout in sorted(layouts, key=lambda layout: layout.name):
-        if shards[-1] and layout.size_bytes > room:
-            shards.append([])
-            room = max_shard_size_bytes
-        shards[-1].append(layout)
-        room -= layout.size_bytes
-    return [sorted(shard, key=lambda layout: (-layout.dtype.itemsize, layout.name)) for shard in shards]
 
 
 def shard_names(count: int) -> list[str]:

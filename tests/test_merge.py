@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from launch.merge import add_lora
+from launch.merge_from_disk import find_source, merge_from_disk
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -48,6 +49,9 @@ def test_merged_logits_are_those_of_base_and_adapter(any_world: World, kind: str
     shards = {"merge": True, "merge_dtype": "float16", "max_shard_size_bytes": 20_000}
     launch(any_world.recipe(name, adapter=adapter, train=train, run=shards), 2)
     run_directory = any_world.run_directory(name)
+    assert merge_from_disk(find_source(run_directory), run_directory / "from-disk", max_shard_size_bytes=20_000)
+    for path in (run_directory / "merged").glob("*model*"):
+        assert path.read_bytes() == (run_directory / "from-disk" / path.name).read_bytes(), "the same, to the last byte"
     merged, info = AutoModelForCausalLM.from_pretrained(run_directory / "merged", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert merged.dtype == torch.float16
