@@ -122,10 +122,13 @@ def merge_from_disk(
     _resize_as_saved(skeleton, trained)
     skeleton.tie_weights()
     by_token = row_names(skeleton)
+    own_names: dict[int, list[str]] = {}
+    for name_of_one, parameter in skeleton.named_parameters(remove_duplicate=False):
+        own_names.setdefault(id(parameter), []).append(name_of_one)
     model = get_peft_model(skeleton, peft_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     keys = _keys(model, trained)
     parts, ties = merging.plan_merge(model)
-    parts, on_disk = _on_disk(parts, stored, trained, skeleton.base_model_prefix, by_token)
+    parts, on_disk = _on_disk(parts, stored, trained, skeleton.base_model_prefix, by_token, own_names)
     dtype = DTYPES[source.precision or "fp32"]  # that the base had while rows were added to it
     merging.write_merged(
         target,
@@ -237,6 +240,7 @@ def _on_disk(
     trained: Mapping[str, Stored],
     prefix: str,
     by_token: Set[str],
+    own_names: Mapping[int, Sequence[str]],  # of the base's parameters, by identity; several for tied ones
 ) -> tuple[list[Part], dict[str, Stored]]:
     """(the parts under the names of the base's files, by name what each is made of).
 
@@ -244,15 +248,15 @@ def _on_disk(
     stays as it is in the files. Of tied tensors, which are one, the files may have the first only.
     """
     renamed, found = [], {}
-    firsts: dict[int, Stored] = {}
     for part in parts:
         if part.base is None:
             renamed.append(part)
             continue
         for name, shape in part.published:
-            candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+            ties = [tie for tie in own_names.get(id(part.base), ()) if tie != part.name]
+            candidates = [c for n in (name, *ties) for c in (n, n.removeprefix(f"{prefix}."), f"{prefix}.{n}")]
             tensor = next((stored[known] for known in candidates if known in stored), None)
-            tensor = _whole_embedding(part.name, trained) or tensor or firsts.get(id(part.base))
+            tensor = _whole_embedding(part.name, trained) or tensor
             if tensor is None:
                 raise MergeError(f"{name} is in no file of the base; is this the base the adapter was trained on?")
             is_longer = part.name in by_token and tensor.shape[0] < shape[0]
@@ -264,7 +268,7 @@ def _on_disk(
             is_fused = len(part.published) > 1
             base = torch.empty(shape, dtype=tensor.dtype, device="meta") if is_fused else part.base
             renamed.append(replace(part, name=name, base=base, published=((name, shape),)))
-            found[name] = firsts[id(part.base)] = tensor
+            found[name] = tensor
     return renamed, found
 
 

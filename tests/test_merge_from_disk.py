@@ -1,0 +1,264 @@
+"""`python -m launch merge`: the bytes that PEFT's own merge in fp32 gives, and one sentence for what does not fit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import build_tokenizer
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from launch.errors import MergeError
+from launch.merge_from_disk import find_source, merge_from_disk
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Qwen2": {**SIZES, "intermediate_size": 48, "num_key_value_heads": 1},
+    "Llama": {**SIZES, "intermediate_size": 48},
+    "Phi": {**SIZES, **ENDS, "intermediate_size": 48},
+    "Glm": {**SIZES, **ENDS, "intermediate_size": 48, "num_key_value_heads": 1, "head_dim": 16},
+    "GPTNeoX": {**SIZES, **ENDS, "intermediate_size": 48},  # which transformers renames on loading
+    "Bloom": {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 2, **ENDS},
+    "GPT2": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, **ENDS},
+    "Qwen2Moe": {  # whose experts transformers fuses on loading
+        **SIZES,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "num_experts": 4,
+        "num_key_value_heads": 1,
+    },
+}
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONV1D = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+ROWS = {"embed_tokens": [1], "lm_head": [2]}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "lora": ("Qwen2", {}, {}),
+    "tied": ("Qwen2", {"tie_word_embeddings": True}, {}),
+    "dora": ("Qwen2", {}, {"use_dora": True}),
+    "patterns": ("Qwen2", {}, {"use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 5}}),
+    "embeddings and head": ("Qwen2", {}, {"target_modules": [*ALL, "embed_tokens", "lm_head"]}),
+    "saved": ("Qwen2", {}, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "saved head, tied": ("Qwen2", {"tie_word_embeddings": True}, {"modules_to_save": ["lm_head"]}),
+    "token rows": ("Qwen2", {}, {"trainable_token_indices": ROWS}),
+    "token rows, tied": ("Qwen2", {"tie_word_embeddings": True}, {"trainable_token_indices": [1, 2]}),
+    "all biases": ("Qwen2", {}, {"bias": "all"}),
+    "biases of targets": ("Qwen2", {}, {"bias": "lora_only"}),
+    "bias of B": ("Qwen2", {}, {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
+    "Llama": ("Llama", {}, {"target_modules": "all-linear"}),
+    "Phi": ("Phi", {}, {"target_modules": "all-linear"}),
+    "Glm": ("Glm", {}, {"target_modules": "all-linear"}),
+    "GPTNeoX": ("GPTNeoX", {}, {"target_modules": ["query_key_value", "dense"]}),
+    "Bloom": ("Bloom", {}, {"target_modules": ["query_key_value", "dense"]}),
+    "GPT2": ("GPT2", {}, CONV1D),
+    "GPT2, dora": ("GPT2", {}, {**CONV1D, "use_dora": True}),
+    "Qwen2Moe": ("Qwen2Moe", {}, {"target_modules": ["q_proj", "o_proj"]}),
+}
+FAST = {"lora", "tied", "GPT2", "Qwen2Moe", "token rows, tied"}
+
+
+def make(directory: Path, family: str, options: dict[str, Any], adapter: dict[str, Any]) -> None:
+    """A random base in fp16 in several shards, and a random adapter in `adapter/` that knows where it is."""
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{family}Config")(**CONFIGS[family], **options)
+    AutoModelForCausalLM.from_config(config).half().save_pretrained(directory, max_shard_size="20KB")
+    build_tokenizer(["one two three"] * 3, 300).save_pretrained(directory)
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(**{"r": 2, "target_modules": ALL, **adapter}))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    model.save_pretrained(str(directory / "adapter"))
+    change_config(directory, base_model_name_or_path=str(directory))
+
+
+def change_config(directory: Path, **values: Any) -> None:
+    path = directory / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def merge(directory: Path, **options: Any) -> bool:
+    return merge_from_disk(
+        find_source(directory / "adapter"), directory / "merged", **{"max_shard_size_bytes": 20_000, **options}
+    )
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_the_merge_is_that_of_peft_bit_by_bit(tmp_path: Path, case: str) -> None:
+    make(tmp_path, *CASES[case])
+    assert merge(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload().half()
+    found, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values()), info
+    assert found.dtype == torch.float16
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, found.state_dict()[name]), name
+    theirs = tmp_path / "theirs"
+    expected.save_pretrained(theirs)
+    assert names(tmp_path / "merged") == names(theirs), "what serving tools look for"
+    assert not merge(tmp_path), "merged twice is merged once"
+
+
+def names(directory: Path) -> set[str]:
+    return {name for path in directory.glob("*.safetensors") for name in load_file(path)}
+
+
+def test_lora_on_tied_embeddings_leaves_the_head_alone(tmp_path: Path) -> None:
+    """As the adapter does while it is trained; PEFT's own merge changes the head as well."""
+    make(tmp_path, "Qwen2", {"tie_word_embeddings": True}, {"target_modules": ["q_proj", "embed_tokens"]})
+    merge(tmp_path, dtype_name="float32")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert found.config.tie_word_embeddings is False
+    with torch.no_grad():
+        before, after = base(ids).logits, found(ids).logits
+        expected = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))(ids).logits
+    assert (before - expected).abs().max() > 1e-3
+    assert torch.allclose(after, expected, atol=1e-6)
+
+
+def test_a_base_in_a_pickle_is_read_and_nothing_in_it_runs(tmp_path: Path) -> None:
+    make(tmp_path, *CASES["lora"])
+    merge(tmp_path)
+    expected = {
+        name: tensor for path in (tmp_path / "merged").glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
+    shutil.rmtree(tmp_path / "merged")
+    state = {name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for path in [*tmp_path.glob("*.safetensors"), tmp_path / "model.safetensors.index.json"]:
+        path.unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    merge(tmp_path)
+    found = {
+        name: tensor for path in (tmp_path / "merged").glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+# ---- what is refused, in one sentence, and leaves nothing ----
+
+
+def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def an_extra_tensor(directory: Path) -> None:
+    edit(
+        directory / "adapter" / "adapter_model.safetensors",
+        lambda tensors: tensors.update(
+            {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2)}
+        ),
+    )
+
+
+def a_missing_tensor(directory: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"]
+
+    edit(directory / "adapter" / "adapter_model.safetensors", change)
+
+
+def a_nan(directory: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][3, 1] = torch.nan
+
+    edit(directory / "adapter" / "adapter_model.safetensors", change)
+
+
+def an_overflow(directory: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"][3, 1] = 1e7
+
+    edit(directory / "adapter" / "adapter_model.safetensors", change)
+
+
+def a_wrong_base(directory: Path) -> None:
+    other = transformers.Qwen2Config(**CONFIGS["Qwen2"] | {"intermediate_size": 40})
+    shutil.rmtree(directory / "other", ignore_errors=True)
+    AutoModelForCausalLM.from_config(other).half().save_pretrained(directory / "other")
+    build_tokenizer(["one two three"] * 3, 300).save_pretrained(directory / "other")
+    change_config(directory, base_model_name_or_path=str(directory / "other"))
+
+
+def a_truncated_shard(directory: Path) -> None:
+    path = sorted(directory.glob("model-*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def a_shard_elsewhere(directory: Path) -> None:
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index["weight_map"]["lm_head.weight"] = "../secret.safetensors"
+    path.write_text(json.dumps(index), encoding="utf-8")
+
+
+def a_missing_shard(directory: Path) -> None:
+    sorted(directory.glob("model-*.safetensors"))[1].unlink()
+
+
+def pissa(directory: Path) -> None:
+    change_config(directory, init_lora_weights="pissa")
+
+
+def a_file_in_its_place(directory: Path) -> None:
+    (directory / "merged").write_text("mine", encoding="utf-8")
+
+
+FAULTS: dict[Callable[[Path], None], str] = {
+    an_extra_tensor: r"layers\.9.*q_proj\.lora_A\.weight is in the adapter, and in no layer of the base \(1 such",
+    a_missing_tensor: r"up_proj\.lora_B\.weight is not in the adapter \(1 such tensors\); is this the base",
+    a_nan: r"layers\.1\.mlp\.up_proj\.weight is not finite in float16; set",
+    an_overflow: r"layers\.1\.mlp\.up_proj\.weight is not finite in float16; set",
+    a_wrong_base: r"has the shape \[.*\], and the base wants \[.*\]; is this the base",
+    a_truncated_shard: r"model-00002-of-\d+\.safetensors is no whole safetensors file: it has .* bytes",
+    a_shard_elsewhere: r"names '\.\./secret\.safetensors', which is not beside it",
+    a_missing_shard: r"model-00002-of-\d+\.safetensors is no whole safetensors file",
+    pissa: r"began as pissa, which changes the base as well",
+    a_file_in_its_place: r"merged is there and is something else; give another --output, or --overwrite",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(tmp_path: Path, fault: Callable[[Path], None]) -> None:
+    make(tmp_path, *CASES["lora"])
+    fault(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(MergeError, match=FAULTS[fault]) as refused:
+        merge(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_soft_prompt_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, *CASES["lora"])
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")).save_pretrained(
+        str(tmp_path / "adapter")
+    )
+    with pytest.raises(MergeError, match="is PROMPT_TUNING, which is no weights of the base; serve the base with"):
+        merge(tmp_path)
+
+
+def test_another_merge_is_not_written_over_unasked(tmp_path: Path) -> None:
+    make(tmp_path, *CASES["lora"])
+    merge(tmp_path)
+    with pytest.raises(MergeError, match="merged is there and is another merge; give another --output, or --overwrite"):
+        merge(tmp_path, dtype_name="bfloat16")
+    assert merge(tmp_path, dtype_name="bfloat16", overwrite=True)
+    assert all(
+        tensor.dtype == torch.bfloat16
+        for tensor in load_file(next((tmp_path / "merged").glob("*.safetensors"))).values()
+    )
