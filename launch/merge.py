@@ -31,6 +31,7 @@ from launch.errors import MergeError
 from launch.quantisation import is_quantised
 from launch.runs import write_json
 from launch.shards import Layout, ShardFile, index_of, row_blocks, shard_names
+from launch.table import format_bytes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _PROBE_TOLERANCE = 1e-5  # of |W| |x|, for sums in fp32
@@ -299,6 +300,7 @@ def merge(
             with _live(part, others, is_writer=False):
                 pass
         return
+    engines.end_zero_init()  # what is written is loaded again, by this rank alone
     write_merged(
         target,
         parts,
@@ -372,8 +374,16 @@ def write_merged(
     dtype, proof = DTYPES[dtype_name], Proof()
     shards = plan_shards(parts, dtype, max_shard_size_bytes)
 
+    total_bytes = sum(_size_bytes(part, dtype) for part in parts)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(target.parent).free
+    if total_bytes > free_bytes:
+        raise MergeError(
+            f"{target.parent} has room for {format_bytes(free_bytes)}, and the merged model has "
+            f"{format_bytes(total_bytes)}; make room there and run the same command again."
+        )
+
     def blocks() -> Iterator[Iterator[torch.Tensor]]:
-        total_bytes = sum(_size_bytes(part, dtype) for part in parts)
         with tqdm(total=total_bytes, desc="merge", unit="B", unit_scale=True, leave=False, disable=None) as progress:
             for part in [part for shard in shards for part in shard]:
                 with opener(part) as pieces:
@@ -393,6 +403,8 @@ def write_merged(
         else:
             _write_state_dict(directory, shards, blocks(), ties)
         tokenizer.save_pretrained(str(directory))
+        if isinstance(base, PreTrainedModel):
+            _check_reload(directory, base)
         report = {
             "dtype": dtype_name,
             "tensors": len(parts),
@@ -453,6 +465,17 @@ def _write_state_dict(
             (state[part.name][first:last] if part.shape else state[part.name]).copy_(block)
     torch.save(state | {second: state[first] for second, first in ties.items()}, directory / "model.pth")
     shutil.rmtree(waiting)
+
+
+def _check_reload(directory: Path, base: PreTrainedModel) -> None:
+    """Read what was written without its numbers. Raises MergeError when a name or a shape is not the config's."""
+    _, info = type(base).from_pretrained(str(directory), device_map="meta", output_loading_info=True)
+    for fault, names in info.items():
+        if names:
+            raise MergeError(
+                f"The merged model does not load as it was written ({fault}: {sorted(map(str, names))[0]}); nothing "
+                "was kept, and this is a fault of the merge to be reported."
+            )
 
 
 def _write_code(directory: Path, base: PreTrainedModel, config: PretrainedConfig) -> None:
