@@ -48,10 +48,11 @@ from launch.model import (
 )
 from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
-from launch.report import RunLog, Stopwatch, closing_lines, end_trackers, start_up_banner
+from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
 from launch.samples import Samples
 from launch.saving import Saves, check_room
 from launch.starting_adapter import fingerprint_starting_adapter, start_from
+from launch.trackers import end_trackers, start_trackers
 from launch.vocabulary import check_added_are_trained, fit_vocabulary, load_unquantised
 from launch.watchdog import Watchdog
 
@@ -148,12 +149,13 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     job = Job(
         recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, found["identity"], watchdog
     )
+    resumed_after = checkpoint.step if checkpoint else None
+    start_trackers(accelerator, recipe, resumed_after)
+    stopwatch.end("trackers")
     if accelerator.is_main_process:
-        resumed_after = checkpoint.step if checkpoint else None
         banner = start_up_banner(job, f"{precision}: {precision_reason}", found["rows"], packing, resumed_after)
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
-    accelerator.init_trackers(recipe.run.name)
     evaluations: list[dict[str, Any]] = found["evaluations"]
     is_done = optimizer_steps(job, checkpoint, evaluations, stopwatch)
     watchdog.close()

@@ -196,14 +196,6 @@ class RunLog:
                 self.say(f"metrics.jsonl cannot be written: {error.strerror}; the figures of step {done} are lost")
 
 
-def end_trackers(accelerator: Accelerator) -> None:
-    """Close the trackers, whatever they say to that, and leave the process group."""
-    try:
-        accelerator.end_training()
-    except Exception as error:
-        print(f"The trackers could not be closed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-
-
 def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, resumed_after: int | None) -> str:
     """The batch arithmetic, the precision and why, and what each rank holds; `resumed_after` a step, or None."""
     recipe, settings, samples = job.recipe, job.recipe.train, job.samples
