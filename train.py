@@ -49,10 +49,11 @@ from launch.model import (
 )
 from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
-from launch.report import RunLog, closing_lines, end_trackers, start_up_banner
+from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
 from launch.samples import Samples
 from launch.saving import Saves, check_room
 from launch.starting_adapter import fingerprint_starting_adapter, start_from
+from launch.trackers import end_trackers, start_trackers
 from launch.vocabulary import check_added_are_trained, fit_vocabulary, load_unquantised
 from launch.watchdog import Watchdog
 
@@ -65,6 +66,8 @@ LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsan
 def main(arguments: Sequence[str]) -> int:
     """Run a recipe; a refusal is one sentence from rank zero, and status.json always says what happened."""
     preemption.end_with_parent()
+    stopwatch = Stopwatch()
+    stopwatch.end("imports")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save: end quietly
     is_rank_zero = os.environ.get("RANK", "0") == "0"
     directory = intended_run_directory(arguments)
@@ -82,7 +85,8 @@ def main(arguments: Sequence[str]) -> int:
                 word = f"asked to stop before the first step; {kept}"
                 preemption.end_when_asked(lambda: runs.write_status(directory, "preempted", word))
                 preflight.check(recipe)
-            train(recipe)
+            stopwatch.end("checks")
+            train(recipe, stopwatch)
         return 0
     except LaunchError as error:
         if not is_rank_zero:
@@ -108,19 +112,22 @@ def write_failure(directory: Path, reason: str) -> None:
         runs.write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}")
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     """The line of a run, from the machine to the merged weights."""
     # ---- the machine -------------------------------------------------------------------------------------------------
     engines.quiet_libraries()
     precision, precision_reason = engines.choose_precision(recipe.train.precision)
     engines.check_process_count(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     accelerator = engines.create_accelerator(recipe, precision)
+    stopwatch.end("process group")
 
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
-    found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_run(recipe, precision))))
+    prepare_all = functools.partial(prepare_run, recipe, precision, stopwatch)
+    found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_all())))
     tokenizer, template = tokenizer_and_template(recipe, found["base"])
     tokenizer.chat_template = template.for_serving
     samples, held_out = (Samples.load(Path(found["store"]), split) for split in ("train", "evaluation"))
+    stopwatch.end("rows")
     checkpoint = Resumable.read(Path(found["checkpoint"])) if found["checkpoint"] else None
 
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
@@ -130,34 +137,34 @@ def train(recipe: Recipe) -> None:
         num_trained, num_parameters = engines.count_parameters(model)
         merged_bytes = num_parameters * merging.DTYPES[dtype_name].itemsize if recipe.merges else 0
         check_room(recipe.run_directory, num_trained, keep=recipe.train.save_total_limit, merged_bytes=merged_bytes)
+    stopwatch.end("base")
     engine = engines.start_engine(accelerator, model, recipe.train)
+    stopwatch.end("engine")
     if checkpoint is not None:
         checkpoints.restore(checkpoint, engine)
+    stopwatch.end("resume")
 
     # ---- optimizer steps ---------------------------------------------------------------------------------------------
     packed, packing = choose_packing(
         recipe.train.packing, recipe.adapter.num_virtual_tokens, engine, base, samples, accelerator.device
     )
+    stopwatch.end("packing probe")
     accepts = forward_arguments(base)
-    watchdog = Watchdog(
-        recipe.run.hang_seconds,
-        recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
-        lambda reason: write_failure(recipe.run_directory, reason),
-    )
-    deadline = Deadline(recipe.run.grace_seconds)
+    watchdog, deadline = watch(recipe), Deadline(recipe.run.grace_seconds)
     identity = found["identity"]
     job = Job(
         recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, identity, watchdog, deadline
     )
+    resumed_after = checkpoint.step if checkpoint else None
+    start_trackers(accelerator, recipe, resumed_after)
+    stopwatch.end("trackers")
     if accelerator.is_main_process:
         deadline.recall(runs.read_metrics(recipe.run_directory))
-        resumed_after = checkpoint.step if checkpoint else None
         banner = start_up_banner(job, f"{precision}: {precision_reason}", found["rows"], packing, resumed_after)
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
-    accelerator.init_trackers(recipe.run.name)
     evaluations: list[dict[str, Any]] = found["evaluations"]
-    is_done = optimizer_steps(job, checkpoint, evaluations)
+    is_done = optimizer_steps(job, checkpoint, evaluations, stopwatch)
     watchdog.close()
     if not is_done:
         end_trackers(accelerator)
@@ -186,6 +193,15 @@ def train(recipe: Recipe) -> None:
         print(closing_lines(recipe), flush=True)
 
 
+def watch(recipe: Recipe) -> Watchdog:
+    """Ends this rank when it hangs; its stacks go into the run directory's logs."""
+    return Watchdog(
+        recipe.run.hang_seconds,
+        recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
+        lambda reason: write_failure(recipe.run_directory, reason),
+    )
+
+
 def adapted_base(
     recipe: Recipe, found: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, precision: str
 ) -> tuple[torch.nn.Module, "PeftModel", set[int]]:
@@ -204,7 +220,9 @@ def adapted_base(
     return base, model, added
 
 
-def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[dict[str, Any]]) -> bool:
+def optimizer_steps(
+    job: Job, checkpoint: Resumable | None, evaluations: list[dict[str, Any]], stopwatch: Stopwatch
+) -> bool:
     """Every step that is left. False when the run was asked to stop; all is saved either way.
 
     `evaluations` are those that metrics.jsonl holds; what is evaluated is added.
@@ -218,6 +236,7 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
     log = RunLog(
         recipe.run_directory,
         job.accelerator,
+        stopwatch,
         total_steps=job.total_steps,
         first_step=first_step,
         logging_steps=settings.logging_steps,
@@ -272,6 +291,7 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
     preemption.remember_signals(leave_word)
     if not evaluate_if_due(first_step):  # 0, or what a stop left out
         return stopped_after(first_step)
+    stopwatch.end("evaluation")
     for step in range(first_step, job.total_steps):
         # ==== one optimizer step ======================================================================================
         preemption.end_if_orphaned()
@@ -353,7 +373,7 @@ def use_chosen_step(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> int:
     return chosen
 
 
-def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
+def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[str, Any]:
     """Rank zero's part before the others need anything: the base on disk, the samples, the checkpoint to resume."""
     directory = recipe.run_directory
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
@@ -361,7 +381,9 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     init_from_sha256 = fingerprint_starting_adapter(recipe.adapter)
     if recipe.model.trust_remote_code:  # its code is then whole in transformers' cache when the other ranks look there
         tokenizer_and_template(recipe, base)
+    stopwatch.end("base")
     prepared = prepare(recipe, directory, lambda: tokenizer_and_template(recipe, base))
+    stopwatch.end("rows")
     if recipe.train.load_best_model_at_end and not len(prepared.split["evaluation"]):
         raise DataError("train.load_best_model_at_end has no rows to evaluate; set data.test_size or data.evaluation.")
     # Refused before anything of the run that is there is written over.
@@ -372,7 +394,9 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
         init_from_sha256=init_from_sha256,
         data_sha256=prepared.sha256s,
     )
+    stopwatch.end("base")
     checkpoint = checkpoints.find_resumable(directory, say=print)
+    stopwatch.end("resume")
     if checkpoint is not None:
         checkpoints.check_same_run(checkpoint, identity)
     prepared = prepared.publish(directory)

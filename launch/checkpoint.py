@@ -251,7 +251,7 @@ def export_adapter(checkpoint: Path, target: Path) -> None:
 
 
 def restore(checkpoint: Resumable, engine: engines.Engine) -> None:
-    """Put weights, moments and loss scaler back; every rank reads the whole file and takes its part."""
+    """Put weights, moments and loss scaler back; every rank maps the whole file and reads its part."""
     tensors = load_file(checkpoint.path / "optimizer.safetensors")
     engines.restore_training_state(engine, tensors, int(checkpoint.state["adam_step"]))
     engines.restore_scaler(engine, checkpoint.state["scaler"])

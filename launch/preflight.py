@@ -7,29 +7,17 @@ from launch.errors import ConfigError, ModelError
 from launch.hub import fetch
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
-
-# The trackers of accelerate 1.15 and the package that each one needs.
-TRACKERS = {
-    "aim": "aim",
-    "clearml": "clearml",
-    "comet_ml": "comet_ml",
-    "dvclive": "dvclive",
-    "mlflow": "mlflow",
-    "swanlab": "swanlab",
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
+from launch.trackers import PACKAGES
 
 
 def check(recipe: Recipe) -> None:
     """Raises a LaunchError for the first thing that would stop the run later."""
     check_model(recipe.model)
     for tracker in recipe.run.report_to:
-        if tracker not in TRACKERS:
-            raise ConfigError(f"run.report_to: {tracker!r} is not a tracker; the valid ones are {', '.join(TRACKERS)}.")
-        if importlib.util.find_spec(TRACKERS[tracker]) is None:
-            raise ConfigError(f"run.report_to: {tracker} is not installed; run pip install {TRACKERS[tracker]}.")
+        if tracker not in PACKAGES:
+            raise ConfigError(f"run.report_to: {tracker!r} is not a tracker; the valid ones are {', '.join(PACKAGES)}.")
+        if importlib.util.find_spec(PACKAGES[tracker]) is None:
+            raise ConfigError(f"run.report_to: {tracker} is not installed; run pip install {PACKAGES[tracker]}.")
 
 
 def check_model(model: ModelBlock) -> None:

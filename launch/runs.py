@@ -133,7 +133,10 @@ def best_step(evaluations: Sequence[Mapping[str, Any]], metric: str) -> int | No
 
 
 def rewind_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
-    """Forget what was measured after `step`, which a resumed run does again; returns what is left."""
-    kept = [record for record in read_metrics(directory) if record["step"] <= step]
+    """Forget what was measured after `step`, which a resumed run does again; returns what is left.
+
+    That there was a start, and what it cost, stays true.
+    """
+    kept = [record for record in read_metrics(directory) if record["step"] <= step or record["kind"] == "start"]
     write_text(directory / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
     return kept

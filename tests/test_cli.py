@@ -185,17 +185,6 @@ def test_a_refusal_after_a_killed_run_is_a_refusal(world: World, capfd: pytest.C
     assert runs.read_status(world.run_directory("was-killed"))["state"] == "refused"
 
 
-def test_tensorboard_gets_the_metrics(world: World) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    launch(world.recipe("tracked", run={"report_to": ["tensorboard"]}, train={"max_steps": 3}), 2)
-    (events,) = world.run_directory("tracked").rglob("events.out.tfevents*")
-    accumulator = EventAccumulator(str(events)).Reload()
-    found = [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
-    expected = [(record["step"], record["loss"]) for record in world.metrics("tracked", "train")]
-    assert found == [(step, pytest.approx(loss, rel=1e-6)) for step, loss in expected]
-
-
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

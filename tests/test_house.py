@@ -17,7 +17,7 @@ HOUSE = Path(__file__).resolve().parent.parent
 LAYERS = (
     "launch launch.errors launch.table launch.recipe metrics metrics.tokens",
     "launch.config launch.runs launch.preemption launch.watchdog launch.deadline launch.batching launch.samples",
-    "launch.hub launch.remote_code",
+    "launch.hub launch.remote_code launch.trackers",
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",
     "launch.formats launch.tokens",
     "launch.ledger",

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from launch.checkpoint import find_resumable, path_of_step
 from launch.config import load_recipe
 from launch.errors import CheckpointError
 from launch.model import load_base
+from launch.report import Stopwatch
 
 STEPS = 9
 SETTINGS = {"max_steps": STEPS, "save_steps": 3, "eval_steps": 4}
@@ -86,6 +88,35 @@ def test_stopped_and_resumed_is_bitwise_straight_with_dropout(world: World, stag
     for kind in ("train", "evaluation"):
         ours, theirs = world.metrics(name, kind), world.metrics(f"straight-{stage}", kind)
         assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in theirs]
+    starts = world.metrics(name, "start")
+    assert [record["step"] for record in starts] == [0, 4, 7]
+    for record in starts:
+        parts = {key: value for key, value in record.items() if key.endswith("_seconds")}
+        assert record["seconds"] == pytest.approx(sum(parts.values())) and min(parts.values()) >= 0
+        assert {"imports_seconds", "rows_seconds", "base_seconds", "resume_seconds"} < parts.keys()
+
+
+def slow_to_begin() -> dict[str, float]:
+    time.sleep(0.3)
+    stopwatch = Stopwatch()
+    stopwatch.end("imports")
+    time.sleep(0.1)
+    stopwatch.end("first step")
+    stopwatch.end("first step")
+    return stopwatch.seconds
+
+
+def test_a_start_is_timed_from_the_making_of_the_process() -> None:
+    (seconds,) = run_ranks(1, slow_to_begin)
+    assert 0.3 <= seconds["imports"] < 3
+    assert 0.1 <= seconds["first step"] < 0.3
+
+
+def test_the_steps_after_a_checkpoint_are_forgotten_and_the_starts_are_not(tmp_path: Path) -> None:
+    for kind, step in (("start", 0), ("train", 1), ("train", 2), ("start", 2), ("train", 3)):
+        runs.append_metrics(tmp_path, {"kind": kind, "step": step})
+    kept = [(record["kind"], record["step"]) for record in runs.rewind_metrics(tmp_path, 1)]
+    assert kept == [("start", 0), ("train", 1), ("start", 2)]
 
 
 @pytest.mark.slow
