@@ -34,7 +34,7 @@ from launch.config import dump_recipe, intended_run_directory, parse_command_lin
 from launch.data import prepare
 from launch.data_report import outcomes_line
 from launch.errors import DataError, LaunchError, TrainingError
-from launch.fingerprint import fingerprint_base, fingerprint_code, fingerprint_tokenizer, hash_weights
+from launch.fingerprint import fingerprints
 from launch.job import Job, evaluate
 from launch.model import (
     DTYPES,
@@ -346,10 +346,7 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     identity = same_run.identity_of_run(
         recipe,
         precision=precision,
-        base=fingerprint_base(base, recipe.model),
-        weights=hash_weights(base, recipe.model, show_progress=sys.stderr.isatty()),
-        code=fingerprint_code(recipe.model.factory),
-        tokenizer=fingerprint_tokenizer(recipe.model),
+        **fingerprints(base, recipe.model, show_progress=sys.stderr.isatty()),
         template_sha256=prepared.template_sha256,
         init_from_sha256=init_from_sha256,
         data_sha256=prepared.sha256s,
@@ -357,7 +354,7 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     )
     checkpoint = checkpoints.find_resumable(directory, say=print)
     evaluations: list[dict[str, Any]] = []  # of the rows that are held out now
-    same_held_out = True
+    same_held_out, said = True, ""
     if checkpoint is not None:
         said = same_run.check_same_run(checkpoint.path, checkpoint.state, identity, versions())
         print(said, end="\n" if said else "", flush=True)
@@ -367,7 +364,8 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     step = checkpoint.step if checkpoint else -1
     metrics = runs.rewind_metrics(directory, step, same_held_out=same_held_out, say=print)
     runs.write_text(directory / "recipe.yaml", dump_recipe(recipe))
-    runs.write_json(directory / "environment.json", {"host": platform.node(), "versions": versions()})
+    environment = {"host": platform.node(), "versions": versions(), "after_step": max(step, 0), "said": said}
+    runs.write_environment(directory, environment)
     return {
         "base": base,
         "store": str(prepared.store),

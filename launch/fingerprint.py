@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -46,6 +47,16 @@ def fingerprint_tokenizer(model: ModelBlock) -> str:
     for path in sorted({path for pattern in TOKENIZER_FILES for path in directory.glob(pattern) if path.is_file()}):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def fingerprints(base: str, model: ModelBlock, *, show_progress: bool = False) -> dict[str, Any]:
+    """All of a base, by the names that same_run.identity_of_run gives them. Raises ModelError."""
+    return {
+        "base": fingerprint_base(base, model),
+        "weights": hash_weights(base, model, show_progress=show_progress),
+        "code": fingerprint_code(model.factory),
+        "tokenizer": fingerprint_tokenizer(model),
+    }
 
 
 def fingerprint_base(base: str, model: ModelBlock) -> str:

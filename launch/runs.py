@@ -76,6 +76,17 @@ def read_status(directory: Path) -> dict[str, Any]:
     return dict(status)
 
 
+def write_environment(directory: Path, facts: Mapping[str, Any]) -> None:
+    """environment.json of this start, with those of all earlier ones under `earlier`, the latest last."""
+    path = directory / "environment.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        earlier = [*before.pop("earlier", []), before]
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):  # none yet, or damaged: nothing depends on it
+        earlier = []
+    write_json(path, {**facts, "unix_seconds": time.time(), "earlier": earlier})
+
+
 def append_metrics(directory: Path, record: Mapping[str, Any]) -> None:
     """One line of metrics.jsonl."""
     with (directory / "metrics.jsonl").open("ab", buffering=0) as file:

@@ -149,7 +149,10 @@ def check_same_run(
                 "order are left out."
             )
         )
-    return "\n".join([*said, *version_changes(state.get("versions", versions), versions)])
+    changes = version_changes(state.get("versions", versions), versions)
+    if changes:
+        said.append(_wrapped(f"Since step {state['step']}: {changes}; results may differ in the last digits."))
+    return "\n".join(said)
 
 
 def find_differences(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> list[Difference]:
@@ -199,11 +202,10 @@ def difference_table(differences: Sequence[Difference]) -> str:
     return "\n".join(lines.get(row, f"  {row[0]}\n      was {row[1]}\n      is  {row[2]}") for row in rows)
 
 
-def version_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """One line about libraries that are not those of the checkpoint; none when all are."""
+def version_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """`torch 2.13.0 -> 2.14.0, ...`; empty when all are the same."""
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-    changes = ", ".join(f"{name} {saved.get(name, 'none')} -> {now.get(name, 'none')}" for name in names)
-    return [f"{changes}: results may differ in the last digits."] if names else []
+    return ", ".join(f"{name} {saved.get(name, 'none')} -> {now.get(name, 'none')}" for name in names)
 
 
 def _of_recipe(saved: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[Difference]:

@@ -201,7 +201,10 @@ def test_a_checkpoint_of_an_earlier_version_is_compared_by_what_it_has(path: Pat
 def test_library_versions_are_told_and_refuse_nothing(path: Path) -> None:
     saved, now = state(load_recipe(path)), state(load_recipe(path))
     saved["versions"], now["versions"] = {"torch": "2.13.0", "peft": "1"}, {"torch": "2.14.0", "peft": "1", "new": "3"}
-    assert said(saved, now) == "torch 2.13.0 -> 2.14.0, new none -> 3: results may differ in the last digits."
+    assert said(saved, now).splitlines() == [
+        "Since step 4: torch 2.13.0 -> 2.14.0, new none -> 3; results may differ in the",
+        "last digits.",
+    ]
 
 
 # ---- rows ----
@@ -290,11 +293,11 @@ def test_a_byte_deep_inside_a_large_file_is_found_by_the_full_digest(tmp_path: P
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     weights.touch()
-    os.truncate(weights, 64 * 100_000)  # the quick one reads 65536 bytes of every 100000
+    os.truncate(weights, 64 * 400_000)  # the quick one reads 65,536 bytes of every 400,000
     model, quick = ModelBlock(name_or_path=str(tmp_path), hash_weights=True), ModelBlock(name_or_path=str(tmp_path))
     before = fingerprint_base(str(tmp_path), model), hash_weights(str(tmp_path), model)
     with weights.open("r+b") as file:
-        file.seek(3 * 100_000 + 80_000)
+        file.seek(60 * 400_000 + 200_000)
         file.write(b"\1")
     after = fingerprint_base(str(tmp_path), model), hash_weights(str(tmp_path), model)
     assert before[0] == after[0]
@@ -402,7 +405,7 @@ def test_a_finished_run_goes_on_to_more_steps(world: World, finished: Path, capf
     assert "is finished." in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["deleted", "damaged"])
+@pytest.mark.parametrize("damage", ["deleted", pytest.param("damaged", marks=pytest.mark.slow)])
 def test_the_best_step_is_known_without_metrics(
     world: World, finished: Path, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -430,13 +433,15 @@ def test_other_rows_go_on_when_that_is_allowed(world: World, finished: Path, cap
     refused = capfd.readouterr().err
     assert "  data.train  was 40 samples  is 70 samples\n" in refused
     assert f"{more}" in refused and "is 30 rows" in " ".join(refused.split()) and str(world.rows) not in refused
-    allowed = (LONGER[0], "run.allow_change=[train.max_steps,data.train]")
+    change = [LONGER[0], "train.learning_rate=0.1"]
+    allowed = (*change, "run.allow_change=[train.max_steps,train.learning_rate,data.train]")
     launch(recipe, 1, *allowed)
     assert "From here on the order is that of the new rows." in capfd.readouterr().out
     samples = Samples.load(directory / "data", "train")
     ids = [batching.step_samples(step, 70, 8, 6 * 8, seed=0) for step in (4, 5)]
     curve = world.metrics("more", "train")
     assert [record["trained_tokens"] for record in curve[4:]] == [int(samples.num_trained[i].sum()) for i in ids]
+    assert [record["learning_rate"] for record in curve[2:]] == [0.5, 0.5, 0.1, 0.1]
     assert [record["step"] for record in world.metrics("more", "evaluation of other rows")] == [0, 1, 2, 3, 4]
     assert [record["step"] for record in world.metrics("more", "evaluation")] == [4, 5, 6]
     exported = load_file(directory / "adapter" / "adapter_model.safetensors")
@@ -444,5 +449,36 @@ def test_other_rows_go_on_when_that_is_allowed(world: World, finished: Path, cap
     assert any(not torch.equal(exported[key], forgotten[key]) for key in forgotten), "its loss is that of other rows"
     state = json.loads((path_of_step(directory, 6) / "state.json").read_text(encoding="utf-8"))
     assert [record["step"] for record in state["evaluations"]] == [4, 5]
+    environment = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
+    assert [start["after_step"] for start in (*environment["earlier"], environment)] == [0, 4]
+    assert "train.learning_rate" in environment["said"] and environment["earlier"][0]["said"] == ""
     launch(recipe, 1, *allowed)
     assert "is finished." in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_takes_its_last_step_after_all_has_no_other_endpoint(world: World, finished: Path) -> None:
+    recipe = again(world, finished, "chosen-anew")
+    directory = world.run_directory("chosen-anew")
+    assert (directory / "endpoint").exists()
+    launch(recipe, 1, "train.load_best_model_at_end=false")
+    assert not (directory / "endpoint").exists()
+    last, exported = (
+        load_file(one / "adapter_model.safetensors") for one in (path_of_step(directory, 4), directory / "adapter")
+    )
+    assert all(torch.equal(last[key], exported[key]) for key in last | exported)
+
+
+@pytest.mark.slow
+def test_rows_of_which_one_byte_changed_are_another_run(
+    world: World, finished: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = world.directory / "changed.jsonl"
+    content = bytearray(world.rows.read_bytes())
+    content[content.index(b"cairn")] ^= 1
+    rows.write_bytes(content)
+    recipe = again(world, finished, "byte", data={"train": str(rows)})
+    assert run_ranks(1, train.main, [str(recipe), LONGER[0], "run.allow_change=[train.max_steps]"]) == [1]
+    refused = " ".join(capfd.readouterr().err.split())
+    assert "data.train was 40 samples is 40 others" in refused
+    assert f"{rows} was none is 50 rows" in refused
