@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from launch import batching, preemption, preflight, runs
+from launch import batching, preemption, preflight, runs, same_run
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import merge as merging
@@ -35,13 +35,13 @@ from launch.data import prepare
 from launch.data_report import outcomes_line
 from launch.deadline import Deadline
 from launch.errors import DataError, LaunchError, NoProgressError, TrainingError
+from launch.fingerprint import fingerprints
 from launch.job import Job, evaluate, gives_up_step
 from launch.model import (
     DTYPES,
     added_token_ids,
     check_adapter_fits,
     enable_gradient_checkpointing,
-    fingerprint_base,
     load_base,
     resolve_base,
     serving_generation_config,
@@ -225,7 +225,7 @@ def optimizer_steps(
 ) -> bool:
     """Every step that is left. False when the run was asked to stop; all is saved either way.
 
-    `evaluations` are those that metrics.jsonl holds; what is evaluated is added.
+    `evaluations` are those before; what is evaluated is added.
     """
     recipe, settings, engine = job.recipe, job.recipe.train, job.engine
     learning_rate_at = engines.learning_rate_schedule(settings, job.total_steps)
@@ -249,7 +249,7 @@ def optimizer_steps(
     def save(done: int) -> None:
         known = list(evaluations) if settings.load_best_model_at_end else []
         best = functools.partial(checkpoints.best_on_disk, recipe.run_directory, known, settings.metric_for_best_model)
-        saves.save(done, skipped_steps=skipped_steps, best=best)
+        saves.save(done, skipped_steps=skipped_steps, evaluations=evaluations, best=best)
 
     def evaluate_if_due(done: int) -> bool:
         """False when the run was asked to stop in the meantime; the next start makes up for it."""
@@ -266,7 +266,8 @@ def optimizer_steps(
                 f"The held-out loss is {counts.loss} before anything is trained: the weights of the base are wrong, or "
                 f"too large for {job.identity['precision']}; try train.precision=fp32."
             )
-        evaluations.append({"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy})
+        metrics = {"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy}
+        evaluations.append(runs.finite(metrics))
         if settings.load_best_model_at_end and runs.best_step(evaluations, settings.metric_for_best_model) == done:
             save(done)
         return True
@@ -367,8 +368,11 @@ def use_chosen_step(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> int:
         checkpoints.restore(Resumable.read(path), job.engine)
     if job.accelerator.is_main_process:
         checkpoints.export_adapter(path, directory / "adapter")
+        endpoint = directory / "endpoint"
+        if endpoint.exists():  # of a run that has gone on since it was finished
+            checkpoints.unpublish(endpoint)
         if chosen != last:
-            checkpoints.export_adapter(checkpoints.path_of_step(directory, last), directory / "endpoint")
+            checkpoints.export_adapter(checkpoints.path_of_step(directory, last), endpoint)
             print(f"Step {chosen} has the best held-out {settings.metric_for_best_model}; its weights are used.")
     return chosen
 
@@ -387,22 +391,31 @@ def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[st
     if recipe.train.load_best_model_at_end and not len(prepared.split["evaluation"]):
         raise DataError("train.load_best_model_at_end has no rows to evaluate; set data.test_size or data.evaluation.")
     # Refused before anything of the run that is there is written over.
-    identity = checkpoints.identity_of_run(
+    identity = same_run.identity_of_run(
         recipe,
         precision=precision,
-        base_fingerprint=fingerprint_base(base, recipe.model),
+        **fingerprints(base, recipe.model, show_progress=sys.stderr.isatty()),
+        template_sha256=prepared.template_sha256,
         init_from_sha256=init_from_sha256,
         data_sha256=prepared.sha256s,
+        rows=prepared.rows,
     )
     stopwatch.end("base")
     checkpoint = checkpoints.find_resumable(directory, say=print)
     stopwatch.end("resume")
+    evaluations: list[dict[str, Any]] = []  # of the rows that are held out now
+    same_held_out, said = True, ""
     if checkpoint is not None:
-        checkpoints.check_same_run(checkpoint, identity)
+        said = same_run.check_same_run(checkpoint.path, checkpoint.state, identity, versions())
+        print(said, end="\n" if said else "", flush=True)
+        same_held_out = same_run.has_same_held_out(checkpoint.state["identity"], identity)
+        evaluations = checkpoint.state.get("evaluations", []) if same_held_out else []
     prepared = prepared.publish(directory)
-    metrics = runs.rewind_metrics(directory, checkpoint.step if checkpoint else -1)
+    step = checkpoint.step if checkpoint else -1
+    metrics = runs.rewind_metrics(directory, step, same_held_out=same_held_out, say=print)
     runs.write_text(directory / "recipe.yaml", dump_recipe(recipe))
-    runs.write_json(directory / "environment.json", {"host": platform.node(), "versions": versions()})
+    environment = {"host": platform.node(), "versions": versions(), "after_step": max(step, 0), "said": said}
+    runs.write_environment(directory, environment)
     return {
         "base": base,
         "store": str(prepared.store),
@@ -410,7 +423,7 @@ def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[st
         "end_token_ids": prepared.end_token_ids,
         "identity": identity,
         "checkpoint": str(checkpoint.path) if checkpoint else None,
-        "evaluations": [record for record in metrics if record["kind"] == "evaluation"],
+        "evaluations": runs.known_evaluations(evaluations, metrics),
     }
 
 

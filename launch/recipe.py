@@ -48,6 +48,7 @@ class ModelBlock(Block):
     extra_special_tokens: Names = ()
     eos_token: str | None = Field(None, min_length=1)  # None: the tokenizer's own
     pad_token: str | None = Field(None, min_length=1)  # None: the tokenizer's own
+    hash_weights: bool = False  # a resumed run compares every byte of the base's files, not parts of them
 
     @model_validator(mode="after")
     def _agree(self) -> "ModelBlock":
@@ -272,6 +273,8 @@ class RunBlock(Block):
     hang_seconds: float = Field(900.0, gt=0)  # without a micro-batch, before a rank ends itself
     grace_seconds: float | None = Field(None, gt=0)  # SIGTERM to SIGKILL; None: as long as torch's launcher waits
     process_group_timeout_seconds: int = Field(1800, ge=10)
+    # Keys that may differ from the checkpoint's though the result depends on them, such as train.learning_rate.
+    allow_change: Names = ()
 
 
 class Recipe(Block):

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -101,24 +101,51 @@ def read_status(directory: Path) -> dict[str, Any]:
     return dict(status)
 
 
+def write_environment(directory: Path, facts: Mapping[str, Any]) -> None:
+    """environment.json of this start, with those of all earlier ones under `earlier`, the latest last."""
+    path = directory / "environment.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        earlier = [*before.pop("earlier", []), before]
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):  # none yet, or damaged: nothing depends on it
+        earlier = []
+    write_json(path, {**facts, "unix_seconds": time.time(), "earlier": earlier})
+
+
 def append_metrics(directory: Path, record: Mapping[str, Any]) -> None:
-    """One line of metrics.jsonl; NaN and infinity, which JSON has not, are null."""
-    record = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
+    """One line of metrics.jsonl."""
     with (directory / "metrics.jsonl").open("ab", buffering=0) as file:
         size_bytes = file.seek(0, os.SEEK_END)
-        line = json.dumps(record).encode() + b"\n"
+        line = json.dumps(finite(record)).encode() + b"\n"
         if file.write(line) != len(line):  # the disk is full
             file.truncate(size_bytes)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with null for NaN and infinity, which JSON has not."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+
+
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a kill cut off is left out."""
+    """The lines of metrics.jsonl; damaged ones, and a last one that a kill cut off, are left out."""
+    return [record for line in _whole_lines(directory) if (record := _record(line)) is not None]
+
+
+def _whole_lines(directory: Path) -> list[bytes]:
     path = directory / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_ours = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    return record if is_ours else None
 
 
 def best_step(evaluations: Sequence[Mapping[str, Any]], metric: str) -> int | None:
@@ -132,11 +159,30 @@ def best_step(evaluations: Sequence[Mapping[str, Any]], metric: str) -> int | No
     return min(usable)[1] if usable else None
 
 
-def rewind_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
+def rewind_metrics(
+    directory: Path, step: int, *, same_held_out: bool = True, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Forget what was measured after `step`, which a resumed run does again; returns what is left.
 
-    That there was a start, and what it cost, stays true.
+    That there was a start, and what it cost, stays true. Evaluations of other held-out rows get another kind, so that
+    nobody compares them.
     """
-    kept = [record for record in read_metrics(directory) if record["step"] <= step or record["kind"] == "start"]
+    records = read_metrics(directory)
+    num_damaged = len(_whole_lines(directory)) - len(records)
+    if num_damaged:
+        aside = directory / "metrics.jsonl.corrupt"
+        aside.write_bytes((directory / "metrics.jsonl").read_bytes())
+        say(f"Damaged lines of metrics.jsonl, which are left out: {num_damaged}; {aside.name} has them all.")
+    kept = [record for record in records if record["step"] <= step or record["kind"] == "start"]
+    if not same_held_out:
+        others = "evaluation of other rows"
+        kept = [record | {"kind": others} if record["kind"] == "evaluation" else record for record in kept]
     write_text(directory / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
     return kept
+
+
+def known_evaluations(saved: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By step: those that a checkpoint knows of, and those of metrics.jsonl besides, which may have been lost."""
+    measured = {record["step"]: dict(record) for record in metrics if record["kind"] == "evaluation"}
+    known = measured | {record["step"]: dict(record) for record in saved}
+    return [known[step] for step in sorted(known)]

@@ -15,8 +15,9 @@ HOUSE = Path(__file__).resolve().parent.parent
 
 # A module imports only from the rows above its own.
 LAYERS = (
-    "launch launch.errors launch.table launch.recipe metrics metrics.tokens",
-    "launch.config launch.runs launch.preemption launch.watchdog launch.deadline launch.batching launch.samples",
+    "launch launch.errors launch.table launch.recipe launch.batching metrics metrics.tokens",
+    "launch.same_run",
+    "launch.config launch.runs launch.preemption launch.watchdog launch.deadline launch.samples",
     "launch.hub launch.remote_code launch.trackers",
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",
     "launch.formats launch.tokens",
@@ -32,7 +33,7 @@ LAYERS = (
     "launch.generate launch.saving",
     "train launch.__main__",
 )
-NUM_LIGHT_LAYERS = 8  # these start fast on a login node
+NUM_LIGHT_LAYERS = 9  # these start fast on a login node
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
 WITHIN_A_LAYER = {
     ("launch.merge", "launch.checkpoint"),

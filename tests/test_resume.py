@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -206,32 +205,6 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_is_used(world: World) -
     (path_of_step(run_directory, 3) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="Every checkpoint in"):
         find_resumable(run_directory, said.append)
-
-
-def test_another_recipe_is_refused_with_the_difference(world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    recipe = world.recipe("changed", train={"max_steps": 4, "save_steps": 2})
-    launch(recipe, 1)
-    assert run_ranks(1, train.main, [str(recipe), "adapter.r=8", "run.name=changed"]) == [1]
-    assert "adapter.r was 4 and is 8" in capfd.readouterr().err
-    assert run_ranks(1, train.main, [str(recipe), "train.precision=bf16"]) == [1]
-    assert "the precision was fp32 and is bf16 (train.precision=fp32 keeps it)" in capfd.readouterr().err
-    report = (world.run_directory("changed") / "data_report.json").read_text()
-    assert run_ranks(1, train.main, [str(recipe), "data.test_size=5"]) == [1]
-    assert "data.test_size was 10.0 and is 5" in capfd.readouterr().err
-    assert (world.run_directory("changed") / "data_report.json").read_text() == report
-    launch(recipe, 2, "train.max_tokens_per_micro_batch=512", "train.gradient_checkpointing=true")  # the same results
-
-
-def test_another_base_under_the_same_name_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    base = world.directory / "moving-base"
-    shutil.copytree(world.base, base)
-    recipe = World(world.directory, base, world.rows).recipe("moving", train={"max_steps": 4, "save_steps": 2})
-    launch(recipe, 1)
-    weights = bytearray((base / "model.safetensors").read_bytes())
-    weights[-100] ^= 1
-    (base / "model.safetensors").write_bytes(weights)
-    assert run_ranks(1, train.main, [str(recipe), "train.logging_steps=2"]) == [1]
-    assert "the files of the base model are not the same" in capfd.readouterr().err
 
 
 def test_a_finished_run_says_so(world: World, capfd: pytest.CaptureFixture[str]) -> None:
