@@ -33,7 +33,7 @@ from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.data import prepare
 from launch.data_report import outcomes_line
-from launch.errors import DataError, LaunchError, TrainingError
+from launch.errors import DataError, LaunchError, RunInUseError, TrainingError
 from launch.job import Job, evaluate
 from launch.model import (
     DTYPES,
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
             if is_rank_zero:
                 runs.write_status(directory, "starting", "the job has started", pid=os.getpid())
                 word = "asked to stop before the first step; there was nothing to save yet"
-                preemption.end_when_asked(lambda: runs.write_status(directory, "preempted", word))
+                preemption.end_when_asked(lambda: runs.leave(directory, "preempted", word))
                 preflight.check(recipe)
             train(recipe)
         return 0
@@ -87,10 +87,12 @@ def main(arguments: Sequence[str]) -> int:
             print(f"Refused on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
             return 1
         status = runs.read_status(directory)  # maybe another job's, or one that was killed
-        has_trained = status.get("state") == "running" and status.get("pid") == os.getpid()
+        is_mine = not isinstance(error, RunInUseError)
+        has_trained = is_mine and status.get("state") == "running" and status.get("pid") == os.getpid()
         state: runs.State = "failed" if has_trained else "refused"
         print(f"{state.capitalize()}: {error}", file=sys.stderr, flush=True)
-        runs.write_end(directory, state, str(error))
+        if is_mine:
+            runs.write_end(directory, state, str(error))
         return 1
     except Exception as error:
         write_failure(directory, f"{type(error).__name__}: {error}")
@@ -158,7 +160,7 @@ def train(recipe: Recipe) -> None:
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
     if accelerator.is_main_process:
         word = "asked to stop while merging; every step is saved"
-        preemption.end_when_asked(lambda: runs.write_status(recipe.run_directory, "preempted", word))
+        preemption.end_when_asked(lambda: runs.leave(recipe.run_directory, "preempted", word))
     chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
         unquantised = functools.partial(load_unquantised, found["base"], recipe.model, tokenizer, added)
@@ -350,7 +352,7 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
     if checkpoint is not None:
         checkpoints.check_same_run(checkpoint, identity)
     prepared = prepared.publish(directory)
-    metrics = runs.rewind_metrics(directory, checkpoint.step if checkpoint else -1)
+    metrics = runs.rewind_metrics(directory, checkpoint.step if checkpoint else -1, print)
     runs.write_text(directory / "recipe.yaml", dump_recipe(recipe))
     runs.write_json(directory / "environment.json", {"host": platform.node(), "versions": versions()})
     return {
@@ -367,8 +369,12 @@ def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
 def is_finished(recipe: Recipe) -> bool:
     """Whether this very recipe has nothing left to do."""
     directory = recipe.run_directory
-    is_done = runs.read_status(directory).get("state") == "finished"
-    return is_done and (directory / "recipe.yaml").read_text(encoding="utf-8") == dump_recipe(recipe)
+    if runs.read_status(directory).get("state") != "finished":
+        return False
+    try:
+        return (directory / "recipe.yaml").read_text(encoding="utf-8") == dump_recipe(recipe)
+    except (OSError, ValueError):
+        return False
 
 
 def versions() -> dict[str, str]:
