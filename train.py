@@ -46,6 +46,7 @@ from launch.model import (
     serving_generation_config,
     tokenizer_and_template,
 )
+from launch.modes import keep_private
 from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
 from launch.report import RunLog, closing_lines, end_trackers, start_up_banner
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     directory = intended_run_directory(arguments)
     try:
         recipe = parse_command_line(arguments)
+        keep_private(group_readable=recipe.run.group_readable)
         if is_finished(recipe):
             if is_rank_zero:
                 print(f"{directory} is finished.\n{closing_lines(recipe)}", flush=True)

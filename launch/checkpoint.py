@@ -25,6 +25,7 @@ from launch import engine as engines
 from launch.adapter import ADAPTER_NAME, exported_state
 from launch.errors import CheckpointError
 from launch.lock import end_if_lost
+from launch.modes import give_usual_mode
 from launch.recipe import ADAPTERS, Recipe, RunBlock
 from launch.runs import DELETING, SAVING, best_step, write_json
 
@@ -161,6 +162,7 @@ def publish(target: Path, write_files: Callable[[Path], None], manifest: Mapping
     try:
         write_files(temporary)
         for path in temporary.iterdir():
+            give_usual_mode(path)
             _sync(path)
         files = {path.name: _identity(path) for path in sorted(temporary.iterdir())}
         write_json(temporary / "manifest.json", {**manifest, "files": files})

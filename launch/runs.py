@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from launch import lock
 from launch.errors import PreflightError
+from launch.modes import as_at_start
 
 SAVING, DELETING = ".saving-", ".deleting-"  # how the names of directories begin that are not whole
 _TEMPORARY_FILE = re.compile(r"\..+\.\d+\.tmp")  # of write_text
@@ -30,7 +31,9 @@ def open_run(directory: Path, say: Callable[[str], None] = print) -> Iterator[No
     Raises PreflightError when it cannot be written, RunInUseError when it is another process's who may be alive.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        with as_at_start():  # runs of other users may stand beside this one
+            directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
         for path in (directory, *(path for path in directory.iterdir() if path.is_dir())):
             if not os.access(path, os.R_OK | os.W_OK | os.X_OK):  # not hours later, with the first save
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)

@@ -15,7 +15,7 @@ HOUSE = Path(__file__).resolve().parent.parent
 
 # A module imports only from the rows above its own.
 LAYERS = (
-    "launch launch.errors launch.table launch.recipe metrics metrics.tokens",
+    "launch launch.errors launch.modes launch.table launch.recipe metrics metrics.tokens",
     "launch.config launch.lock launch.preemption launch.watchdog launch.batching launch.samples",
     "launch.runs launch.hub launch.remote_code",
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",

@@ -5,19 +5,23 @@ import json
 import multiprocessing
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import World, run_ranks
+from conftest import World, launch, run_ranks
 
 import train
 from launch import runs
+from launch.config import load_recipe
 from launch.errors import PreflightError
+from launch.modes import as_at_start, keep_private
 
 NOBODY = 65534
+SECRETS = {"HF_TOKEN": "hf_AbCdEfGhIjKlMnOpQrStUv", "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567"}
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount, and be another user")
 
 
@@ -181,3 +185,79 @@ def test_damaged_metrics_are_counted_and_left_out(tmp_path: Path, content: bytes
     assert runs.read_metrics(tmp_path) == runs.rewind_metrics(tmp_path, 2, said.append) == [first, last]
     assert said == [f"1 damaged lines of {tmp_path / 'metrics.jsonl'} are left out."]
     assert runs.rewind_metrics(tmp_path, 2, said.append) == [first, last] and len(said) == 1
+
+
+# ---- who may read it ----
+
+
+def modes(directory: Path) -> set[tuple[bool, int]]:
+    """(is a directory, permissions) of everything in it, itself included."""
+    found = [(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in (directory, *directory.rglob("*"))]
+    return set(found)
+
+
+@pytest.fixture(scope="module")
+def finished(world: World) -> Path:
+    """The directory of a run that leaves everything that a run can leave, with secrets in its environment."""
+    recipe = world.recipe(
+        "private", train={"max_steps": 3, "save_steps": 1}, run={"merge": True, "report_to": ["tensorboard"]}
+    )
+    with pytest.MonkeyPatch.context() as environment:
+        environment.chdir(Path(train.__file__).parent)
+        for name, value in SECRETS.items():
+            environment.setenv(name, value)
+        launch(recipe, 2)
+    return world.run_directory("private")
+
+
+def test_a_run_is_its_users_alone(finished: Path) -> None:
+    for part in ("merged", "adapter", "checkpoints", "data", "metrics.jsonl"):
+        assert (finished / part).exists()
+    assert list(finished.rglob("events.out.tfevents*"))
+    assert modes(finished) == {(True, 0o700), (False, 0o600)}
+
+
+def test_no_secret_is_written(finished: Path) -> None:
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert not [path for path in files for secret in SECRETS.values() if secret.encode() in path.read_bytes()]
+
+
+def test_nothing_is_left_over(finished: Path) -> None:
+    assert not list(finished.rglob(".*"))
+
+
+def privately(directory: Path) -> None:
+    """What a start does first, then what it fetches for all."""
+    os.umask(0o022)
+    keep_private(group_readable=False)
+    with runs.open_run(directory / "runs" / "run"):
+        (directory / "runs" / "run" / "file").touch()
+    with as_at_start():
+        (directory / "fetched").touch()
+
+
+def test_what_users_may_share_is_made_as_it_would_be_without_a_run(tmp_path: Path) -> None:
+    """The cache of the hub, and the directory in which others' runs may stand."""
+    child = multiprocessing.get_context("fork").Process(target=privately, args=(tmp_path,))
+    child.start()
+    child.join()
+    found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert found == {"runs": 0o755, "run": 0o700, "file": 0o600, "fetched": 0o644}
+
+
+@pytest.mark.slow
+def test_a_run_that_the_group_may_read(world: World) -> None:
+    launch(world.recipe("shared", train={"max_steps": 2}, run={"merge": True, "group_readable": True}), 2)
+    assert modes(world.run_directory("shared")) == {(True, 0o750), (False, 0o640)}
+
+
+def test_a_finished_run_without_its_recipe_is_run_to_the_end_again(finished: Path, world: World) -> None:
+    recipe = load_recipe(world.directory / "private.yaml")
+    assert train.is_finished(recipe)
+    for damage in (b"\xff\xfe", None):
+        if damage is None:
+            (finished / "recipe.yaml").unlink()
+        else:
+            (finished / "recipe.yaml").write_bytes(damage)
+        assert not train.is_finished(recipe)
