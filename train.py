@@ -75,6 +75,8 @@ def main(arguments: Sequence[str]) -> int:
             if is_rank_zero:
                 print(f"{directory} is finished.\n{closing_lines(recipe)}", flush=True)
             return 0
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            preflight.remove_stale_build_locks(print)
         with runs.open_run(directory) if is_rank_zero else nullcontext():
             if is_rank_zero:
                 runs.write_status(directory, "starting", "the job has started", pid=os.getpid())

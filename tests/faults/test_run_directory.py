@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from conftest import World, launch, run_ranks
 
 import train
-from launch import runs
+from launch import preflight, runs
 from launch.config import load_recipe
 from launch.errors import PreflightError
 from launch.modes import as_at_start, keep_private
@@ -185,6 +186,36 @@ def test_damaged_metrics_are_counted_and_left_out(tmp_path: Path, content: bytes
     assert runs.read_metrics(tmp_path) == runs.rewind_metrics(tmp_path, 2, said.append) == [first, last]
     assert said == [f"1 damaged lines of {tmp_path / 'metrics.jsonl'} are left out."]
     assert runs.rewind_metrics(tmp_path, 2, said.append) == [first, last] and len(said) == 1
+
+
+# ---- what torch leaves when it is killed while it compiles ----
+
+
+@pytest.mark.parametrize("is_given", [True, False], ids=["TORCH_EXTENSIONS_DIR", "default"])
+def test_the_lock_of_a_killed_compilation_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_given: bool
+) -> None:
+    from torch.utils.cpp_extension import _get_build_directory
+    from torch.utils.file_baton import FileBaton
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    if is_given:
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    old, young, open_one = (Path(_get_build_directory(name, False), "lock") for name in ("old", "young", "open"))
+    old.touch()
+    young.touch()
+    baton = FileBaton(str(open_one))
+    assert baton.try_acquire()
+    hour_ago = time.time() - 3600
+    for path in (old, open_one):
+        os.utime(path, (hour_ago, hour_ago))
+    said: list[str] = []
+    preflight.remove_stale_build_locks(said.append)
+    assert (old.exists(), young.exists(), open_one.exists()) == (False, True, True)
+    assert said == [f"{old} was left by a process that was killed while it compiled; it is removed."]
+    assert [path.name for path in old.parent.iterdir()] == []
+    baton.release()
 
 
 # ---- who may read it ----
