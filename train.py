@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"Refused on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
             return 1
         status = runs.read_status(directory)  # maybe another job's, or one that was killed
-        is_mine = not isinstance(error, RunInUseError)
+        is_mine = not isinstance(error, RunInUseError)  # the status is that of another, who may have finished since
         has_trained = is_mine and status.get("state") == "running" and status.get("pid") == os.getpid()
         state: runs.State = "failed" if has_trained else "refused"
         print(f"{state.capitalize()}: {error}", file=sys.stderr, flush=True)
