@@ -34,7 +34,7 @@ from launch.config import dump_recipe, intended_run_directory, parse_command_lin
 from launch.data import prepare
 from launch.data_report import outcomes_line
 from launch.deadline import Deadline
-from launch.errors import DataError, LaunchError, NoProgressError, TrainingError
+from launch.errors import DataError, LaunchError, NoProgressError, RunInUseError, TrainingError
 from launch.fingerprint import fingerprints
 from launch.job import Job, evaluate, gives_up_step
 from launch.model import (
@@ -47,6 +47,7 @@ from launch.model import (
     serving_generation_config,
     tokenizer_and_template,
 )
+from launch.modes import keep_private
 from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
 from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
@@ -73,17 +74,20 @@ def main(arguments: Sequence[str]) -> int:
     directory = intended_run_directory(arguments)
     try:
         recipe = parse_command_line(arguments)
+        keep_private(group_readable=recipe.run.group_readable)
         if is_finished(recipe):
             if is_rank_zero:
                 print(f"{directory} is finished.\n{closing_lines(recipe)}", flush=True)
             return 0
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            preflight.remove_stale_build_locks(print)
         with runs.open_run(directory) if is_rank_zero else nullcontext():
             if is_rank_zero:
                 newest = checkpoints.newest_step(directory)
                 runs.begin(directory, newest)
                 kept = f"step {newest} is saved" if newest else "there was nothing to save yet"
                 word = f"asked to stop before the first step; {kept}"
-                preemption.end_when_asked(lambda: runs.write_status(directory, "preempted", word))
+                preemption.end_when_asked(lambda: runs.leave(directory, "preempted", word))
                 preflight.check(recipe)
             stopwatch.end("checks")
             train(recipe, stopwatch)
@@ -94,12 +98,14 @@ def main(arguments: Sequence[str]) -> int:
             print(f"Refused on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
             return 1
         status = runs.read_status(directory)  # maybe another job's, or one that was killed
-        has_trained = status.get("state") == "running" and status.get("pid") == os.getpid()
+        is_mine = not isinstance(error, RunInUseError)  # the status is that of another, who may have finished since
+        has_trained = is_mine and status.get("state") == "running" and status.get("pid") == os.getpid()
         state: runs.State = "failed" if has_trained else "refused"
         if isinstance(error, NoProgressError):
             state = "no progress"
         print(f"{state.capitalize()}: {error}", file=sys.stderr, flush=True)
-        runs.write_end(directory, state, str(error))
+        if is_mine:
+            runs.write_end(directory, state, str(error))
         return 1
     except Exception as error:
         write_failure(directory, f"{type(error).__name__}: {error}")
@@ -173,7 +179,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
     if accelerator.is_main_process:
         word = "asked to stop while merging; every step is saved"
-        preemption.end_when_asked(lambda: runs.write_status(recipe.run_directory, "preempted", word))
+        preemption.end_when_asked(lambda: runs.leave(recipe.run_directory, "preempted", word))
     chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
         unquantised = functools.partial(load_unquantised, found["base"], recipe.model, tokenizer, added)
@@ -430,8 +436,12 @@ def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[st
 def is_finished(recipe: Recipe) -> bool:
     """Whether this very recipe has nothing left to do."""
     directory = recipe.run_directory
-    is_done = runs.read_status(directory).get("state") == "finished"
-    return is_done and (directory / "recipe.yaml").read_text(encoding="utf-8") == dump_recipe(recipe)
+    if runs.read_status(directory).get("state") != "finished":
+        return False
+    try:
+        return (directory / "recipe.yaml").read_text(encoding="utf-8") == dump_recipe(recipe)
+    except (OSError, ValueError):
+        return False
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ import typer
 from launch import preflight, runs
 from launch.config import DEFAULT_RECIPE, parse_command_line
 from launch.errors import LaunchError, PreflightError
+from launch.modes import keep_private
 from launch.recipe import TINY_MODEL_NAME, Recipe
 from launch.table import format_table
 
@@ -96,6 +97,7 @@ def _data(recipe: Recipe, strict: bool, html: Path | None) -> None:
 
         return tokenizer_and_template(recipe)
 
+    keep_private(group_readable=recipe.run.group_readable)
     preflight.check_model(recipe.model)
     directory = recipe.run_directory
     start = time.monotonic()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME, exported_state
 from launch.errors import CheckpointError
-from launch.runs import best_step, write_json
+from launch.lock import end_if_lost
+from launch.modes import give_usual_mode
+from launch.runs import DELETING, SAVING, best_step, write_json
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
-_TEMPORARY = ".saving-"
-_DELETING = ".deleting-"
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,18 @@ def best_verified(
 def publish(target: Path, write_files: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
     """Write a directory that appears whole: hidden, synced, manifest last, renamed, parent synced."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f"{_TEMPORARY}{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    # Nobody else's name: a process that has lost the run directory, and does not know yet, writes under its own.
+    temporary = target.parent / f"{SAVING}{target.name}-{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
         write_files(temporary)
         for path in temporary.iterdir():
+            give_usual_mode(path)
             _sync(path)
         files = {path.name: _identity(path) for path in sorted(temporary.iterdir())}
         write_json(temporary / "manifest.json", {**manifest, "files": files})
         _sync(temporary)
+        end_if_lost()
         if target.exists():
             unpublish(target)
         temporary.rename(target)
@@ -151,8 +154,8 @@ def publish(target: Path, write_files: Callable[[Path], None], manifest: Mapping
 
 def unpublish(path: Path) -> None:
     """Hide first, delete then: a half-deleted directory never has a name that somebody reads."""
-    hidden = path.with_name(f"{_DELETING}{path.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
+    end_if_lost()
+    hidden = path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}")
     path.rename(hidden)
     shutil.rmtree(hidden)
 
@@ -178,15 +181,12 @@ def verify(path: Path) -> dict[str, Any]:
 def find_resumable(run_directory: Path, say: Callable[[str], None]) -> Resumable | None:
     """The newest checkpoint that verifies; None when there is none yet. For rank zero, before any other rank reads.
 
-    What an interrupted save or deletion left is removed; a checkpoint that fails is set aside as `*.corrupt` and the
-    one before it is taken. Raises CheckpointError when there are checkpoints and none is good.
+    A checkpoint that fails is set aside as `*.corrupt` and the one before it is taken. Raises CheckpointError when
+    there are checkpoints and none is good.
     """
     directory = checkpoints_directory(run_directory)
     if not directory.exists():
         return None
-    for path in directory.iterdir():
-        if path.name.startswith((_TEMPORARY, _DELETING)):
-            shutil.rmtree(path)
     candidates = _by_step(directory)
     for path in reversed(candidates):
         try:

@@ -33,6 +33,7 @@ from launch.errors import DataError, TemplateError
 from launch.fingerprint import digest_of, fingerprint_file, fingerprint_tokenizer
 from launch.formats import BadRowError, Conversation, RowFormat, choose_format
 from launch.ledger import DUPLICATE, KEPT, Batch, Dropped, Work, account_for, as_json, conversation_of
+from launch.modes import give_usual_mode
 from launch.recipe import DataBlock, Recipe
 from launch.rows import Chunk, DataFile, find_files, hub_fingerprint, read_chunks, rows_of
 from launch.runs import write_json
@@ -100,6 +101,8 @@ class Prepared:
             self.store.rename(store)
         shutil.rmtree(directory / _FRESH, ignore_errors=True)
         save_split(store, self.split)
+        for path in store.iterdir():
+            give_usual_mode(path)
         write_json(directory / "data_report.json", self.report)
         shutil.copyfile(store / "quarantine.jsonl", directory / "quarantine.jsonl")
         row_ids = "".join(f"{row_id}\n" for row_id in self.evaluation_row_ids)

@@ -26,6 +26,7 @@ from launch import factory, tiny
 from launch.adapter import check_targets, with_token_ids
 from launch.errors import ConfigError, ModelError, TemplateError, first_line
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
+from launch.modes import as_at_start
 from launch.packing import forward_arguments
 from launch.quantisation import check_usable, is_quantised, keep_layout, quantisation
 from launch.recipe import TINY_MODEL_NAME, LoraBlock, ModelBlock, PrefixTuningBlock, Recipe
@@ -264,7 +265,8 @@ def serving_generation_config(model: torch.nn.Module, end_token_ids: list[int]) 
 def _loading(what: str, model: ModelBlock) -> Iterator[None]:
     """Makes a ModelError of what loading raises, of remote code whatever that raises."""
     try:
-        yield
+        with as_at_start():  # it may be fetched into a cache that users share
+            yield
     except (OSError, ValueError, ImportError) as error:
         if "does not support an attention implementation" in str(error):
             attention = model.attn_implementation

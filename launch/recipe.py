@@ -266,6 +266,7 @@ class RunBlock(Block):
     name: str = Field(pattern=RUN_NAME.pattern, max_length=100)  # one path component
     output_dir: str = "runs"
     report_to: Names = ()
+    group_readable: bool = False  # what the run leaves is otherwise its user's alone (0700, 0600), not 0750 and 0640
     merge: bool | None = None  # None: yes with LoRA; soft prompts cannot be merged
     merge_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # auto: the trained type, 16-bit for fp32
     max_shard_size_bytes: int = Field(4_000_000_000, ge=1)

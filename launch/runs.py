@@ -4,39 +4,67 @@ Files appear whole or not at all; only metrics.jsonl grows, a line at a time.
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
+import re
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+from launch import lock
 from launch.errors import NoProgressError, PreflightError
+from launch.modes import as_at_start
 
+SAVING, DELETING = ".saving-", ".deleting-"  # how the names of directories begin that are not whole
+_TEMPORARY_FILE = re.compile(r"\..+\.\d+\.tmp")  # of write_text
 State = Literal["starting", "running", "preempted", "finished", "failed", "refused", "no progress"]
 MAX_RESTARTS_IN_VAIN = 3
 _OF_THE_START = ("newest_step", "restarts_in_vain")  # in status.json until the next start
 
 
-def open_run(directory: Path) -> IO[str]:
-    """Make the directory and lock it for the life of the returned file; the kernel lets go when the process dies.
+@contextmanager
+def open_run(directory: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Make the directory, own it alone while the block runs, and remove what dead owners left half-done in it.
 
-    Raises PreflightError when the directory cannot be written, or another process holds it.
+    Raises PreflightError when it cannot be written, RunInUseError when it is another process's who may be alive.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise PreflightError(f"The run directory {directory} cannot be written: {error.strerror}.") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        with as_at_start():  # runs of other users may stand beside this one
+            directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
+        for path in (directory, *(path for path in directory.iterdir() if path.is_dir())):
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):  # not hours later, with the first save
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        lock.acquire(directory, say)
+    except FileExistsError as error:  # directories, and links to them, are no error
+        what = "a link to nowhere" if Path(error.filename).is_symlink() else "no directory"
         raise PreflightError(
-            f"Another process is running in {directory}; wait for it, or give this run another run.name."
+            f"The run directory {directory} cannot be made: {error.filename} is {what}; remove it, or give this run "
+            "another run.name or run.output_dir."
         ) from None
-    return lock
+    except OSError as error:
+        raise PreflightError(
+            f"The run directory {directory} cannot be written: {error.strerror or error} ({error.filename}); set "
+            "run.output_dir to a place that you can write to."
+        ) from None
+    try:
+        _remove_leftovers(directory)
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """What an interrupted write, save, deletion, export or merge left."""
+    for path in [*directory.glob(".*"), *directory.glob("checkpoints/.*")]:
+        if path.name.startswith((SAVING, DELETING)):
+            shutil.rmtree(path, ignore_errors=True)
+        elif _TEMPORARY_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,6 +85,7 @@ def write_json(path: Path, value: object) -> None:
 
 def write_status(directory: Path, state: State, reason: str, **facts: Any) -> None:
     """status.json, which launchers and people read: exit codes are flattened on the way through `accelerate launch`."""
+    lock.end_if_lost()
     of_the_start = {name: value for name, value in read_status(directory).items() if name in _OF_THE_START}
     status = {"state": state, "reason": reason, "unix_seconds": time.time(), **of_the_start, **facts}
     write_json(directory / "status.json", status)
@@ -83,6 +112,12 @@ def begin(directory: Path, newest_step: int) -> None:
     )
 
 
+def leave(directory: Path, state: State, reason: str) -> None:
+    """The status of a process that ends at once, and its lock: on another host nobody would know that it has ended."""
+    write_status(directory, state, reason)
+    lock.release()
+
+
 def write_end(directory: Path, state: State, reason: str) -> None:
     """The status of a start that came to nothing, unless the directory cannot be written or is another job's."""
     try:
@@ -93,12 +128,12 @@ def write_end(directory: Path, state: State, reason: str) -> None:
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """status.json, or an empty dict before the first run."""
+    """status.json, or an empty dict before the first run, and when a power cut or the like has left no status in it."""
     try:
         status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):
         return {}
-    return dict(status)
+    return status if isinstance(status, dict) else {}
 
 
 def write_environment(directory: Path, facts: Mapping[str, Any]) -> None:

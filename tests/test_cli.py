@@ -178,7 +178,8 @@ def test_two_jobs_in_one_run_directory(world: World, capfd: pytest.CaptureFixtur
 
 def test_a_refusal_after_a_killed_run_is_a_refusal(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = world.recipe("was-killed")
-    runs.open_run(world.run_directory("was-killed")).close()
+    with runs.open_run(world.run_directory("was-killed")):
+        pass
     runs.write_status(world.run_directory("was-killed"), "running", "training", pid=1)
     assert run_ranks(1, train.main, [str(recipe), "train.global_batch_size=0"]) == [1]
     assert "Refused: " in capfd.readouterr().err

@@ -15,10 +15,11 @@ HOUSE = Path(__file__).resolve().parent.parent
 
 # A module imports only from the rows above its own.
 LAYERS = (
-    "launch launch.errors launch.table launch.recipe launch.batching metrics metrics.tokens",
+    "launch launch.errors launch.modes launch.table launch.recipe launch.batching metrics metrics.tokens",
     "launch.same_run",
-    "launch.config launch.runs launch.preemption launch.watchdog launch.deadline launch.samples",
-    "launch.hub launch.remote_code launch.trackers",
+    "launch.config launch.lock launch.preemption launch.watchdog launch.deadline launch.samples",
+    "launch.runs launch.hub launch.remote_code",
+    "launch.trackers",
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",
     "launch.formats launch.tokens",
     "launch.ledger",
@@ -33,7 +34,7 @@ LAYERS = (
     "launch.generate launch.saving",
     "train launch.__main__",
 )
-NUM_LIGHT_LAYERS = 9  # these start fast on a login node
+NUM_LIGHT_LAYERS = 11  # these start fast on a login node
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
 WITHIN_A_LAYER = {
     ("launch.merge", "launch.checkpoint"),
