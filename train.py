@@ -5,6 +5,11 @@
 The same command again continues where the run stopped.
 """
 
+from launch import preemption
+
+if __name__ == "__main__":
+    preemption.end_with_parent()  # before the imports, which take seconds: a launcher may be killed in them, too
+
 import functools
 import importlib.util
 import json
@@ -24,7 +29,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-from launch import batching, preemption, preflight, runs
+from launch import batching, preflight, runs
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import merge as merging
@@ -63,7 +68,6 @@ LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsan
 
 def main(arguments: Sequence[str]) -> int:
     """Run a recipe; a refusal is one sentence from rank zero, and status.json always says what happened."""
-    preemption.end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save: end quietly
     is_rank_zero = os.environ.get("RANK", "0") == "0"
     directory = intended_run_directory(arguments)

@@ -18,7 +18,7 @@ LAYERS = (
     "launch launch.errors launch.table launch.recipe metrics metrics.tokens",
     "launch.config launch.runs launch.preemption launch.watchdog launch.batching launch.samples",
     "launch.hub launch.remote_code",
-    "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",
+    "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates launch.selftest",
     "launch.formats launch.tokens",
     "launch.ledger",
     "launch.data_report",
