@@ -25,6 +25,7 @@ POLL_SECONDS = 0.01  # a tiny model makes a step in a few of these
 RELATIVE_ROUNDING = 1e-6
 NAME_COLUMNS = 12
 TAIL_LINES = 25
+LAUNCHER = "torch/distributed/elastic/"
 
 
 class StageError(Exception):
@@ -231,7 +232,8 @@ def selftest(
     if not config_file.is_file():
         raise ConfigError(f"--config-file: there is no {config_file}; the shipped ones are in configs/accelerate.")
     directory, is_kept = _make_directory(recipe, keep), keep is not None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a script's & has SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     test = Selftest(directory, arguments, steps, num_processes or _num_devices(), config_file)
     try:
         _say("selftest", f"{steps} steps on {test.num_processes} processes, in {directory}\n")
@@ -240,8 +242,7 @@ def selftest(
     except StageError as error:
         is_kept = True
         if error.log is not None:
-            lines = error.log.read_text(encoding="utf-8", errors="replace").splitlines()
-            print(f"\nThe end of {error.log}:", *lines[-TAIL_LINES:], sep="\n  | ")
+            print(f"\nThe end of {error.log}, without the launcher's own:", *_tail(error.log), sep="\n  | ")
         _say("\nFailed", f"{error} Do not rely on this machine yet; the runs and their logs are in {directory}.")
         return False
     finally:
@@ -325,6 +326,13 @@ def _judged(test: Selftest, straight: Path, ended: Path) -> str:
     )
 
 
+def _tail(log: Path) -> list[str]:
+    """Its last lines before those in which the launcher tells of a rank that failed."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    end = next((place for place, line in enumerate(lines) if LAUNCHER in line), len(lines))
+    return lines[max(0, end - TAIL_LINES) : end]
+
+
 def _make_directory(recipe: Recipe, keep: Path | None) -> Path:
     """Where the runs live: on the file system of the recipe's own, beside which a tiny base is built only once."""
     output = Path(recipe.run.output_dir).resolve()
@@ -358,7 +366,7 @@ def _say(name: str, text: str) -> None:
 
 
 def _is_stray(path: Path) -> bool:
-    return path.suffix in (".tmp", ".corrupt") or (path.name.startswith(".") and path.name != ".lock")
+    return path.suffix in (".tmp", ".corrupt") or (path.name.startswith(".") and not path.name.startswith(".lock"))
 
 
 def _num_devices() -> int:
