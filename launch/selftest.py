@@ -321,7 +321,7 @@ def _judged(test: Selftest, straight: Path, ended: Path) -> str:
         raise StageError(f"The run that was ended differs by {difference.relative:.1e}, allowed is {allowed:.1e}.")
     return (
         f"killed, stopped and continued, the run differs by {difference.relative:.1e} from the run that nothing "
-        f"happened to, and {allowed:.1e} is allowed, since this machine does not repeat itself to the bit. A job that "
+        f"happened to; two such runs differ by {noise.relative:.1e}, and {allowed:.1e} is allowed. A job that "
         "was ended needs nothing but the same command again."
     )
 
