@@ -5,6 +5,11 @@
 The same command again continues where the run stopped.
 """
 
+from launch import preemption
+
+if __name__ == "__main__":
+    preemption.end_with_parent()  # before the imports, which take seconds: a launcher may be killed in them, too
+
 import functools
 import importlib.util
 import json
@@ -66,7 +71,6 @@ LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsan
 
 def main(arguments: Sequence[str]) -> int:
     """Run a recipe; a refusal is one sentence from rank zero, and status.json always says what happened."""
-    preemption.end_with_parent()
     stopwatch = Stopwatch()
     stopwatch.end("imports")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save: end quietly

@@ -20,7 +20,7 @@ LAYERS = (
     "launch.config launch.lock launch.preemption launch.watchdog launch.deadline launch.samples",
     "launch.runs launch.hub launch.remote_code",
     "launch.trackers",
-    "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",
+    "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates launch.selftest",
     "launch.formats launch.tokens",
     "launch.ledger",
     "launch.data_report",
