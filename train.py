@@ -11,62 +11,41 @@ if __name__ == "__main__":
     preemption.end_with_parent()  # before the imports, which take seconds: a launcher may be killed in them, too
 
 import functools
-import importlib.util
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
-from launch import batching, preemption, preflight, runs, same_run
+from launch import batching, preflight, runs
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import merge as merging
-from launch.adapter import add_adapter, with_token_ids
 from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
-from launch.data import prepare
-from launch.data_report import outcomes_line
 from launch.deadline import Deadline
-from launch.errors import DataError, LaunchError, NoProgressError, RunInUseError, TrainingError
-from launch.fingerprint import fingerprints
+from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
+from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
-from launch.model import (
-    DTYPES,
-    added_token_ids,
-    check_adapter_fits,
-    enable_gradient_checkpointing,
-    load_base,
-    resolve_base,
-    serving_generation_config,
-    tokenizer_and_template,
-)
+from launch.model import serving_generation_config, tokenizer_and_template
 from launch.modes import keep_private
 from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
 from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
 from launch.samples import Samples
 from launch.saving import Saves, check_room
-from launch.starting_adapter import fingerprint_starting_adapter, start_from
+from launch.start import adapted_base, prepare_run
 from launch.trackers import end_trackers, start_trackers
-from launch.vocabulary import check_added_are_trained, fit_vocabulary, load_unquantised
+from launch.vocabulary import load_unquantised
 from launch.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from peft import PeftModel  # launch/__init__.py comes first: importing PEFT is not quiet
-
-LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -79,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         recipe = parse_command_line(arguments)
         keep_private(group_readable=recipe.run.group_readable)
-        if is_finished(recipe):
+        if runs.is_finished(directory, dump_recipe(recipe)):
             if is_rank_zero:
                 print(f"{directory} is finished.\n{closing_lines(recipe)}", flush=True)
             return 0
@@ -112,14 +91,8 @@ def main(arguments: Sequence[str]) -> int:
             runs.write_end(directory, state, str(error))
         return 1
     except Exception as error:
-        write_failure(directory, f"{type(error).__name__}: {error}")
+        runs.write_failure(directory, f"{type(error).__name__}: {error}")
         raise
-
-
-def write_failure(directory: Path, reason: str) -> None:
-    """The first rank to end tells the cause: the others only lose their peer."""
-    if runs.read_status(directory).get("state") in ("starting", "running"):
-        runs.write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}")
 
 
 def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
@@ -208,26 +181,8 @@ def watch(recipe: Recipe) -> Watchdog:
     return Watchdog(
         recipe.run.hang_seconds,
         recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
-        lambda reason: write_failure(recipe.run_directory, reason),
+        lambda reason: runs.write_failure(recipe.run_directory, reason),
     )
-
-
-def adapted_base(
-    recipe: Recipe, found: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, precision: str
-) -> tuple[torch.nn.Module, "PeftModel", set[int]]:
-    """(the base, the adapter on it, the token ids that were added to the base); a collective."""
-    base = load_base(found["base"], recipe.model, precision)
-    added = added_token_ids(tokenizer, found["base"], recipe.model)
-    fit_vocabulary(base, tokenizer, added, recipe.model)
-    adapter = with_token_ids(recipe.adapter, added)
-    model = add_adapter(base, adapter, base=found["base"], seed=recipe.train.seed, dtype=DTYPES[precision])
-    check_added_are_trained(model, tokenizer, added)
-    start_from(recipe.adapter, found["identity"]["init_from_sha256"], model)
-    if recipe.merges:
-        merging.plan_merge(model)  # refuses now what it could not merge at the end
-    if recipe.train.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    return base, model, added
 
 
 def optimizer_steps(
@@ -385,73 +340,6 @@ def use_chosen_step(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> int:
             checkpoints.export_adapter(checkpoints.path_of_step(directory, last), endpoint)
             print(f"Step {chosen} has the best held-out {settings.metric_for_best_model}; its weights are used.")
     return chosen
-
-
-def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[str, Any]:
-    """Rank zero's part before the others need anything: the base on disk, the samples, the checkpoint to resume."""
-    directory = recipe.run_directory
-    base = resolve_base(recipe, show_progress=sys.stderr.isatty())
-    check_adapter_fits(base, recipe)
-    init_from_sha256 = fingerprint_starting_adapter(recipe.adapter)
-    if recipe.model.trust_remote_code:  # its code is then whole in transformers' cache when the other ranks look there
-        tokenizer_and_template(recipe, base)
-    stopwatch.end("base")
-    prepared = prepare(recipe, directory, lambda: tokenizer_and_template(recipe, base))
-    stopwatch.end("rows")
-    if recipe.train.load_best_model_at_end and not len(prepared.split["evaluation"]):
-        raise DataError("train.load_best_model_at_end has no rows to evaluate; set data.test_size or data.evaluation.")
-    # Refused before anything of the run that is there is written over.
-    identity = same_run.identity_of_run(
-        recipe,
-        precision=precision,
-        **fingerprints(base, recipe.model, show_progress=sys.stderr.isatty()),
-        template_sha256=prepared.template_sha256,
-        init_from_sha256=init_from_sha256,
-        data_sha256=prepared.sha256s,
-        rows=prepared.rows,
-    )
-    stopwatch.end("base")
-    checkpoint = checkpoints.find_resumable(directory, say=print)
-    stopwatch.end("resume")
-    evaluations: list[dict[str, Any]] = []  # of the rows that are held out now
-    same_held_out, said = True, ""
-    if checkpoint is not None:
-        said = same_run.check_same_run(checkpoint.path, checkpoint.state, identity, versions())
-        print(said, end="\n" if said else "", flush=True)
-        same_held_out = same_run.has_same_held_out(checkpoint.state["identity"], identity)
-        evaluations = checkpoint.state.get("evaluations", []) if same_held_out else []
-    prepared = prepared.publish(directory)
-    step = checkpoint.step if checkpoint else -1
-    metrics = runs.rewind_metrics(directory, step, same_held_out=same_held_out, say=print)
-    runs.write_text(directory / "recipe.yaml", dump_recipe(recipe))
-    environment = {"host": platform.node(), "versions": versions(), "after_step": max(step, 0), "said": said}
-    runs.write_environment(directory, environment)
-    return {
-        "base": base,
-        "store": str(prepared.store),
-        "rows": outcomes_line(prepared.report),
-        "end_token_ids": prepared.end_token_ids,
-        "identity": identity,
-        "checkpoint": str(checkpoint.path) if checkpoint else None,
-        "evaluations": runs.known_evaluations(evaluations, metrics),
-    }
-
-
-def is_finished(recipe: Recipe) -> bool:
-    """Whether this very recipe has nothing left to do."""
-    directory = recipe.run_directory
-    if runs.read_status(directory).get("state") != "finished":
-        return False
-    try:
-        return (directory / "recipe.yaml").read_text(encoding="utf-8") == dump_recipe(recipe)
-    except (OSError, ValueError):
-        return False
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    found = [library for library in LIBRARIES if importlib.util.find_spec(library)]  # bitsandbytes may be left out
-    return {"python": platform.python_version(), **{library: version(library) for library in found}}
 
 
 if __name__ == "__main__":

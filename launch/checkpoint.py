@@ -130,7 +130,9 @@ def best_verified(
 
 def publish(target: Path, write_files: Callable[[Path], None], manifest: Mapping[str, Any]) -> None:
     """Write a directory that appears whole: hidden, synced, manifest last, renamed, parent synced."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.parent.is_dir():
+        target.parent.mkdir(parents=True)
+        _sync(target.parent.parent)
     # Nobody else's name: a process that has lost the run directory, and does not know yet, writes under its own.
     temporary = target.parent / f"{SAVING}{target.name}-{secrets.token_hex(4)}"
     temporary.mkdir()

@@ -2,8 +2,11 @@
 
 import ast
 import hashlib
+import importlib.util
 import json
+import platform
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from launch.hub import fetch
 from launch.recipe import TINY_MODEL_NAME, ModelBlock
 
 TINY_ROWS = Path("configs/data/tiny_chat.jsonl")
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "tokenizers")
 _NUM_BLOCKS, _BLOCK_BYTES = 64, 65536  # of a weight file, in the quick fingerprint
 _READ_BYTES = 1 << 24
 # Everything a tokenizer is made of, remote code included.
@@ -162,3 +166,9 @@ def fingerprint_file(path: Path) -> list[str | int]:
 def digest_of(value: object) -> str:
     """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    found = [library for library in LIBRARIES if importlib.util.find_spec(library)]  # bitsandbytes may be left out
+    return {"python": platform.python_version(), **{library: version(library) for library in found}}

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import time
@@ -23,7 +24,7 @@ SAVING, DELETING = ".saving-", ".deleting-"  # how the names of directories begi
 _TEMPORARY_FILE = re.compile(r"\..+\.\d+\.tmp")  # of write_text
 State = Literal["starting", "running", "preempted", "finished", "failed", "refused", "no progress"]
 MAX_RESTARTS_IN_VAIN = 3
-_OF_THE_START = ("newest_step", "restarts_in_vain")  # in status.json until the next start
+_OF_THE_START = ("job", "newest_step", "restarts_in_vain")  # in status.json until the next start
 
 
 @contextmanager
@@ -60,10 +61,10 @@ def open_run(directory: Path, say: Callable[[str], None] = print) -> Iterator[No
 
 def _remove_leftovers(directory: Path) -> None:
     """What an interrupted write, save, deletion, export or merge left."""
-    for path in [*directory.glob(".*"), *directory.glob("checkpoints/.*")]:
+    for path in [*directory.glob(".*"), *directory.glob("checkpoints/.*"), *directory.glob("data/.tmp*")]:
         if path.name.startswith((SAVING, DELETING)):
             shutil.rmtree(path, ignore_errors=True)
-        elif _TEMPORARY_FILE.fullmatch(path.name):
+        elif path.parent.name == "data" or _TEMPORARY_FILE.fullmatch(path.name):  # .tmp* is of safetensors
             path.unlink(missing_ok=True)
 
 
@@ -107,9 +108,33 @@ def begin(directory: Path, newest_step: int) -> None:
             f"{MAX_RESTARTS_IN_VAIN} restarts in a row left nothing newer than step {newest_step}; the last one was "
             f"{state} ({last.get('reason')}). Look at its log, then run the same command again."
         )
-    write_status(
-        directory, "starting", "the job has started", pid=os.getpid(), newest_step=newest_step, restarts_in_vain=in_vain
-    )
+    facts = {"job": this_job(), "newest_step": newest_step, "restarts_in_vain": in_vain}
+    write_status(directory, "starting", "the job has started", pid=os.getpid(), **facts)
+
+
+def this_job(environment: Mapping[str, str] = os.environ) -> str:
+    """The same for every rank of a job, on whatever node, and another for any other job."""
+    address = environment.get("MASTER_ADDR", "localhost")
+    address = platform.node() if address in ("127.0.0.1", "localhost", "::1") else address
+    slurm = [environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")]
+    return " ".join([address, environment.get("MASTER_PORT", ""), *slurm]).strip()
+
+
+def write_failure(directory: Path, reason: str) -> None:
+    """The first rank of this job to end tells the cause: the others only lose their peer."""
+    status = read_status(directory)
+    if status.get("state") in ("starting", "running") and status.get("job") == this_job():
+        write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}")
+
+
+def is_finished(directory: Path, recipe: str) -> bool:
+    """Whether the run of this very recipe, in YAML, has nothing left to do."""
+    if read_status(directory).get("state") != "finished":
+        return False
+    try:
+        return (directory / "recipe.yaml").read_text(encoding="utf-8") == recipe
+    except (OSError, ValueError):
+        return False
 
 
 def leave(directory: Path, state: State, reason: str) -> None:

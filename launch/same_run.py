@@ -28,7 +28,7 @@ TABLE: dict[Rule, dict[str, str]] = {
         "train": "max_tokens_per_micro_batch packing gradient_checkpointing logging_steps eval_steps save_steps "
         "save_seconds save_total_limit load_best_model_at_end metric_for_best_model max_bad_steps",
         "run": "name output_dir report_to merge merge_dtype max_shard_size_bytes max_failed_saves hang_seconds "
-        "grace_seconds process_group_timeout_seconds allow_change",
+        "grace_seconds process_group_timeout_seconds group_readable allow_change",
     },
     "on request": {
         "model": "attn_implementation",

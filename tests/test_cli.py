@@ -159,6 +159,7 @@ def test_a_launch_with_too_many_processes_is_refused(world: World, capfd: pytest
     assert runs.read_status(world.run_directory("crowded"))["state"] == "refused"
 
 
+@pytest.mark.slow
 def test_train_without_accelerate_launch_is_refused(world: World) -> None:
     done = subprocess.run(
         [sys.executable, "train.py", world.recipe("bare")], cwd=ROOT, capture_output=True, text=True, check=False

@@ -31,10 +31,10 @@ LAYERS = (
     "launch.factory",
     "launch.model",
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
-    "launch.generate launch.saving",
+    "launch.generate launch.saving launch.start",
     "train launch.__main__",
 )
-NUM_LIGHT_LAYERS = 11  # these start fast on a login node
+NUM_LIGHT_LAYERS = 10  # these start fast on a login node
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
 WITHIN_A_LAYER = {
     ("launch.merge", "launch.checkpoint"),

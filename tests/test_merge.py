@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "tokens": {"trainable_token_indices": [1, 2, 300]},
 }
-FEW = [pytest.param(kind, marks=pytest.mark.slow) if kind in ("patterns", "tokens") else kind for kind in KINDS]
+FEW = [kind if kind in ("lora", "dora") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.mark.parametrize("kind", FEW)

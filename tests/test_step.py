@@ -36,7 +36,7 @@ def reference(world: World) -> str:
         pytest.param(1, 128, 3, "auto", marks=pytest.mark.slow),
         (2, 128, 3, "auto"),
         pytest.param(2, 1024, 3, "auto", marks=pytest.mark.slow),
-        (4, 256, 3, "auto"),
+        pytest.param(4, 256, 3, "auto", marks=pytest.mark.slow),
         pytest.param(3, 128, 3, "auto", marks=pytest.mark.slow),
         pytest.param(1, 256, 3, "off", marks=pytest.mark.slow),
         (2, 256, 3, "off"),

@@ -395,12 +395,8 @@ def test_a_finished_run_goes_on_to_more_steps(world: World, finished: Path, capf
         ours, theirs = (load_file(one / name) for one in (directory, straight))
         assert all(torch.equal(ours[key], theirs[key]) for key in ours | theirs), name
     assert [r["step"] for r in world.metrics("longer", "train")] == [1, 2, 3, 4, 5, 6]
-    assert runs.read_status(directory) | {"unix_seconds": 0} == {
-        "state": "finished",
-        "reason": "every step is done",
-        "step": 6,
-        "unix_seconds": 0,
-    }
+    status = runs.read_status(directory)
+    assert (status["state"], status["reason"], status["step"]) == ("finished", "every step is done", 6)
     launch(recipe, 1, *LONGER)
     assert "is finished." in capfd.readouterr().out
 

@@ -17,7 +17,7 @@ from conftest import World, launch, run_ranks
 
 import train
 from launch import preflight, runs
-from launch.config import load_recipe
+from launch.config import dump_recipe, load_recipe
 from launch.errors import PreflightError
 from launch.modes import as_at_start, keep_private
 
@@ -183,9 +183,9 @@ def test_damaged_metrics_are_counted_and_left_out(tmp_path: Path, content: bytes
     lines = [json.dumps(first).encode(), content, json.dumps(last).encode(), b'{"kind": "train", "st']
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
     said: list[str] = []
-    assert runs.read_metrics(tmp_path) == runs.rewind_metrics(tmp_path, 2, said.append) == [first, last]
-    assert said == [f"1 damaged lines of {tmp_path / 'metrics.jsonl'} are left out."]
-    assert runs.rewind_metrics(tmp_path, 2, said.append) == [first, last] and len(said) == 1
+    assert runs.read_metrics(tmp_path) == runs.rewind_metrics(tmp_path, 2, say=said.append) == [first, last]
+    assert said == ["Damaged lines of metrics.jsonl, which are left out: 1; metrics.jsonl.corrupt has them all."]
+    assert runs.rewind_metrics(tmp_path, 2, say=said.append) == [first, last] and len(said) == 1
 
 
 # ---- what torch leaves when it is killed while it compiles ----
@@ -285,10 +285,35 @@ def test_a_run_that_the_group_may_read(world: World) -> None:
 
 def test_a_finished_run_without_its_recipe_is_run_to_the_end_again(finished: Path, world: World) -> None:
     recipe = load_recipe(world.directory / "private.yaml")
-    assert train.is_finished(recipe)
+    assert runs.is_finished(finished, dump_recipe(recipe))
     for damage in (b"\xff\xfe", None):
         if damage is None:
             (finished / "recipe.yaml").unlink()
         else:
             (finished / "recipe.yaml").write_bytes(damage)
-        assert not train.is_finished(recipe)
+        assert not runs.is_finished(finished, dump_recipe(recipe))
+
+
+def test_ranks_of_a_job_that_was_refused_say_nothing_in_the_place_of_the_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lose their rank zero, and would tell that as the failure of the job that runs there."""
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    runs.begin(tmp_path, 0)
+    runs.write_status(tmp_path, "running", "training")
+    monkeypatch.setenv("MASTER_PORT", "29501")
+    runs.write_failure(tmp_path, "the store is gone")
+    assert runs.read_status(tmp_path)["state"] == "running"
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    runs.write_failure(tmp_path, "no memory")
+    assert runs.read_status(tmp_path)["reason"] == "rank 0: no memory"
+
+
+def test_a_job_is_told_from_another_on_any_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"MASTER_ADDR": "node-7", "MASTER_PORT": "29500", "SLURM_JOB_ID": "12"}
+    assert runs.this_job(node) == runs.this_job({**node, "RANK": "5", "LOCAL_RANK": "1"})
+    assert runs.this_job(node) != runs.this_job(node | {"SLURM_RESTART_COUNT": "1"})
+    local = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    here = runs.this_job(local)
+    monkeypatch.setattr("platform.node", lambda: "another-host")
+    assert runs.this_job(local) != here
