@@ -116,6 +116,7 @@ def ended_in_the_merge(arguments: list[str]) -> None:
     signalled_at("merge", 1, [signal.SIGTERM], train.merging, arguments)
 
 
+@pytest.mark.slow
 def test_a_stop_during_the_merge_leaves_the_merge_to_do(world: World) -> None:
     recipe = world.recipe("merging", train=SETTINGS, run={"merge": True})
     with pytest.raises(AssertionError, match="exit code 143"):
