@@ -179,6 +179,17 @@ def test_readme_links_exist() -> None:
     assert [link for link in links if not (HOUSE / link).exists()] == []
 
 
+def test_the_tests_that_the_fault_page_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (HOUSE / "docs" / "faults.md").read_text(encoding="utf-8")))
+    there = {
+        node.name
+        for path in (HOUSE / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert len(named) > 30 and named <= there, named - there
+
+
 def test_readme_tree_is_the_tree() -> None:
     """Every path drawn exists, and every top-level entry is drawn. Names end where two spaces or a # begin."""
     (tree,) = (block for block in fenced_blocks() if block.startswith("cairn/"))
