@@ -5,84 +5,75 @@
 The same command again continues where the run stopped.
 """
 
+from launch import preemption
+
+if __name__ == "__main__":
+    preemption.end_with_parent()  # before the imports, which take seconds: a launcher may be killed in them, too
+
 import functools
-import importlib.util
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
 
-from launch import batching, preemption, preflight, runs
+from launch import batching, preflight, runs
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import merge as merging
-from launch.adapter import add_adapter, with_token_ids
 from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
-from launch.data import prepare
-from launch.data_report import outcomes_line
 from launch.deadline import Deadline
-from launch.errors import DataError, LaunchError, NoProgressError, TrainingError
+from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
+from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
-from launch.model import (
-    DTYPES,
-    added_token_ids,
-    check_adapter_fits,
-    enable_gradient_checkpointing,
-    fingerprint_base,
-    load_base,
-    resolve_base,
-    serving_generation_config,
-    tokenizer_and_template,
-)
+from launch.model import serving_generation_config, tokenizer_and_template
+from launch.modes import keep_private
 from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
-from launch.report import RunLog, closing_lines, end_trackers, start_up_banner
+from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
 from launch.samples import Samples
 from launch.saving import Saves, check_room
-from launch.starting_adapter import fingerprint_starting_adapter, start_from
-from launch.vocabulary import check_added_are_trained, fit_vocabulary, load_unquantised
+from launch.start import adapted_base, prepare_run
+from launch.trackers import end_trackers, start_trackers
+from launch.vocabulary import load_unquantised
 from launch.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from peft import PeftModel  # launch/__init__.py comes first: importing PEFT is not quiet
-
-LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "safetensors", "tokenizers")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a recipe; a refusal is one sentence from rank zero, and status.json always says what happened."""
-    preemption.end_with_parent()
+    stopwatch = Stopwatch()
+    stopwatch.end("imports")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save: end quietly
     is_rank_zero = os.environ.get("RANK", "0") == "0"
     directory = intended_run_directory(arguments)
     try:
         recipe = parse_command_line(arguments)
-        if is_finished(recipe):
+        keep_private(group_readable=recipe.run.group_readable)
+        if runs.is_finished(directory, dump_recipe(recipe)):
             if is_rank_zero:
                 print(f"{directory} is finished.\n{closing_lines(recipe)}", flush=True)
             return 0
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            preflight.remove_stale_build_locks(print)
         with runs.open_run(directory) if is_rank_zero else nullcontext():
             if is_rank_zero:
                 newest = checkpoints.newest_step(directory)
                 runs.begin(directory, newest)
                 kept = f"step {newest} is saved" if newest else "there was nothing to save yet"
                 word = f"asked to stop before the first step; {kept}"
-                preemption.end_when_asked(lambda: runs.write_status(directory, "preempted", word))
+                preemption.end_when_asked(lambda: runs.leave(directory, "preempted", word))
                 preflight.check(recipe)
-            train(recipe)
+            stopwatch.end("checks")
+            train(recipe, stopwatch)
         return 0
     except LaunchError as error:
         if not is_rank_zero:
@@ -90,37 +81,36 @@ def main(arguments: Sequence[str]) -> int:
             print(f"Refused on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
             return 1
         status = runs.read_status(directory)  # maybe another job's, or one that was killed
-        has_trained = status.get("state") == "running" and status.get("pid") == os.getpid()
+        is_mine = not isinstance(error, RunInUseError)  # the status is that of another, who may have finished since
+        has_trained = is_mine and status.get("state") == "running" and status.get("pid") == os.getpid()
         state: runs.State = "failed" if has_trained else "refused"
         if isinstance(error, NoProgressError):
             state = "no progress"
         print(f"{state.capitalize()}: {error}", file=sys.stderr, flush=True)
-        runs.write_end(directory, state, str(error))
+        if is_mine:
+            runs.write_end(directory, state, str(error))
         return 1
     except Exception as error:
-        write_failure(directory, f"{type(error).__name__}: {error}")
+        runs.write_failure(directory, f"{type(error).__name__}: {error}")
         raise
 
 
-def write_failure(directory: Path, reason: str) -> None:
-    """The first rank to end tells the cause: the others only lose their peer."""
-    if runs.read_status(directory).get("state") in ("starting", "running"):
-        runs.write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}")
-
-
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     """The line of a run, from the machine to the merged weights."""
     # ---- the machine -------------------------------------------------------------------------------------------------
     engines.quiet_libraries()
     precision, precision_reason = engines.choose_precision(recipe.train.precision)
     engines.check_process_count(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     accelerator = engines.create_accelerator(recipe, precision)
+    stopwatch.end("process group")
 
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
-    found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_run(recipe, precision))))
+    prepare_all = functools.partial(prepare_run, recipe, precision, stopwatch)
+    found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_all())))
     tokenizer, template = tokenizer_and_template(recipe, found["base"])
     tokenizer.chat_template = template.for_serving
     samples, held_out = (Samples.load(Path(found["store"]), split) for split in ("train", "evaluation"))
+    stopwatch.end("rows")
     checkpoint = Resumable.read(Path(found["checkpoint"])) if found["checkpoint"] else None
 
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
@@ -130,34 +120,34 @@ def train(recipe: Recipe) -> None:
         num_trained, num_parameters = engines.count_parameters(model)
         merged_bytes = num_parameters * merging.DTYPES[dtype_name].itemsize if recipe.merges else 0
         check_room(recipe.run_directory, num_trained, keep=recipe.train.save_total_limit, merged_bytes=merged_bytes)
+    stopwatch.end("base")
     engine = engines.start_engine(accelerator, model, recipe.train)
+    stopwatch.end("engine")
     if checkpoint is not None:
         checkpoints.restore(checkpoint, engine)
+    stopwatch.end("resume")
 
     # ---- optimizer steps ---------------------------------------------------------------------------------------------
     packed, packing = choose_packing(
         recipe.train.packing, recipe.adapter.num_virtual_tokens, engine, base, samples, accelerator.device
     )
+    stopwatch.end("packing probe")
     accepts = forward_arguments(base)
-    watchdog = Watchdog(
-        recipe.run.hang_seconds,
-        recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
-        lambda reason: write_failure(recipe.run_directory, reason),
-    )
-    deadline = Deadline(recipe.run.grace_seconds)
+    watchdog, deadline = watch(recipe), Deadline(recipe.run.grace_seconds)
     identity = found["identity"]
     job = Job(
         recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, identity, watchdog, deadline
     )
+    resumed_after = checkpoint.step if checkpoint else None
+    start_trackers(accelerator, recipe, resumed_after)
+    stopwatch.end("trackers")
     if accelerator.is_main_process:
         deadline.recall(runs.read_metrics(recipe.run_directory))
-        resumed_after = checkpoint.step if checkpoint else None
         banner = start_up_banner(job, f"{precision}: {precision_reason}", found["rows"], packing, resumed_after)
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
-    accelerator.init_trackers(recipe.run.name)
     evaluations: list[dict[str, Any]] = found["evaluations"]
-    is_done = optimizer_steps(job, checkpoint, evaluations)
+    is_done = optimizer_steps(job, checkpoint, evaluations, stopwatch)
     watchdog.close()
     if not is_done:
         end_trackers(accelerator)
@@ -166,7 +156,7 @@ def train(recipe: Recipe) -> None:
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
     if accelerator.is_main_process:
         word = "asked to stop while merging; every step is saved"
-        preemption.end_when_asked(lambda: runs.write_status(recipe.run_directory, "preempted", word))
+        preemption.end_when_asked(lambda: runs.leave(recipe.run_directory, "preempted", word))
     chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
         unquantised = functools.partial(load_unquantised, found["base"], recipe.model, tokenizer, added)
@@ -186,28 +176,21 @@ def train(recipe: Recipe) -> None:
         print(closing_lines(recipe), flush=True)
 
 
-def adapted_base(
-    recipe: Recipe, found: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, precision: str
-) -> tuple[torch.nn.Module, "PeftModel", set[int]]:
-    """(the base, the adapter on it, the token ids that were added to the base); a collective."""
-    base = load_base(found["base"], recipe.model, precision)
-    added = added_token_ids(tokenizer, found["base"], recipe.model)
-    fit_vocabulary(base, tokenizer, added, recipe.model)
-    adapter = with_token_ids(recipe.adapter, added)
-    model = add_adapter(base, adapter, base=found["base"], seed=recipe.train.seed, dtype=DTYPES[precision])
-    check_added_are_trained(model, tokenizer, added)
-    start_from(recipe.adapter, found["identity"]["init_from_sha256"], model)
-    if recipe.merges:
-        merging.plan_merge(model)  # refuses now what it could not merge at the end
-    if recipe.train.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    return base, model, added
+def watch(recipe: Recipe) -> Watchdog:
+    """Ends this rank when it hangs; its stacks go into the run directory's logs."""
+    return Watchdog(
+        recipe.run.hang_seconds,
+        recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
+        lambda reason: runs.write_failure(recipe.run_directory, reason),
+    )
 
 
-def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[dict[str, Any]]) -> bool:
+def optimizer_steps(
+    job: Job, checkpoint: Resumable | None, evaluations: list[dict[str, Any]], stopwatch: Stopwatch
+) -> bool:
     """Every step that is left. False when the run was asked to stop; all is saved either way.
 
-    `evaluations` are those that metrics.jsonl holds; what is evaluated is added.
+    `evaluations` are those before; what is evaluated is added.
     """
     recipe, settings, engine = job.recipe, job.recipe.train, job.engine
     learning_rate_at = engines.learning_rate_schedule(settings, job.total_steps)
@@ -218,6 +201,7 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
     log = RunLog(
         recipe.run_directory,
         job.accelerator,
+        stopwatch,
         total_steps=job.total_steps,
         first_step=first_step,
         logging_steps=settings.logging_steps,
@@ -230,7 +214,7 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
     def save(done: int) -> None:
         known = list(evaluations) if settings.load_best_model_at_end else []
         best = functools.partial(checkpoints.best_on_disk, recipe.run_directory, known, settings.metric_for_best_model)
-        saves.save(done, skipped_steps=skipped_steps, best=best)
+        saves.save(done, skipped_steps=skipped_steps, evaluations=evaluations, best=best)
 
     def evaluate_if_due(done: int) -> bool:
         """False when the run was asked to stop in the meantime; the next start makes up for it."""
@@ -247,7 +231,8 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
                 f"The held-out loss is {counts.loss} before anything is trained: the weights of the base are wrong, or "
                 f"too large for {job.identity['precision']}; try train.precision=fp32."
             )
-        evaluations.append({"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy})
+        metrics = {"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy}
+        evaluations.append(runs.finite(metrics))
         if settings.load_best_model_at_end and runs.best_step(evaluations, settings.metric_for_best_model) == done:
             save(done)
         return True
@@ -272,6 +257,7 @@ def optimizer_steps(job: Job, checkpoint: Resumable | None, evaluations: list[di
     preemption.remember_signals(leave_word)
     if not evaluate_if_due(first_step):  # 0, or what a stop left out
         return stopped_after(first_step)
+    stopwatch.end("evaluation")
     for step in range(first_step, job.total_steps):
         # ==== one optimizer step ======================================================================================
         preemption.end_if_orphaned()
@@ -347,60 +333,13 @@ def use_chosen_step(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> int:
         checkpoints.restore(Resumable.read(path), job.engine)
     if job.accelerator.is_main_process:
         checkpoints.export_adapter(path, directory / "adapter")
+        endpoint = directory / "endpoint"
+        if endpoint.exists():  # of a run that has gone on since it was finished
+            checkpoints.unpublish(endpoint)
         if chosen != last:
-            checkpoints.export_adapter(checkpoints.path_of_step(directory, last), directory / "endpoint")
+            checkpoints.export_adapter(checkpoints.path_of_step(directory, last), endpoint)
             print(f"Step {chosen} has the best held-out {settings.metric_for_best_model}; its weights are used.")
     return chosen
-
-
-def prepare_run(recipe: Recipe, precision: str) -> dict[str, Any]:
-    """Rank zero's part before the others need anything: the base on disk, the samples, the checkpoint to resume."""
-    directory = recipe.run_directory
-    base = resolve_base(recipe, show_progress=sys.stderr.isatty())
-    check_adapter_fits(base, recipe)
-    init_from_sha256 = fingerprint_starting_adapter(recipe.adapter)
-    if recipe.model.trust_remote_code:  # its code is then whole in transformers' cache when the other ranks look there
-        tokenizer_and_template(recipe, base)
-    prepared = prepare(recipe, directory, lambda: tokenizer_and_template(recipe, base))
-    if recipe.train.load_best_model_at_end and not len(prepared.split["evaluation"]):
-        raise DataError("train.load_best_model_at_end has no rows to evaluate; set data.test_size or data.evaluation.")
-    # Refused before anything of the run that is there is written over.
-    identity = checkpoints.identity_of_run(
-        recipe,
-        precision=precision,
-        base_fingerprint=fingerprint_base(base, recipe.model),
-        init_from_sha256=init_from_sha256,
-        data_sha256=prepared.sha256s,
-    )
-    checkpoint = checkpoints.find_resumable(directory, say=print)
-    if checkpoint is not None:
-        checkpoints.check_same_run(checkpoint, identity)
-    prepared = prepared.publish(directory)
-    metrics = runs.rewind_metrics(directory, checkpoint.step if checkpoint else -1)
-    runs.write_text(directory / "recipe.yaml", dump_recipe(recipe))
-    runs.write_json(directory / "environment.json", {"host": platform.node(), "versions": versions()})
-    return {
-        "base": base,
-        "store": str(prepared.store),
-        "rows": outcomes_line(prepared.report),
-        "end_token_ids": prepared.end_token_ids,
-        "identity": identity,
-        "checkpoint": str(checkpoint.path) if checkpoint else None,
-        "evaluations": [record for record in metrics if record["kind"] == "evaluation"],
-    }
-
-
-def is_finished(recipe: Recipe) -> bool:
-    """Whether this very recipe has nothing left to do."""
-    directory = recipe.run_directory
-    is_done = runs.read_status(directory).get("state") == "finished"
-    return is_done and (directory / "recipe.yaml").read_text(encoding="utf-8") == dump_recipe(recipe)
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    found = [library for library in LIBRARIES if importlib.util.find_spec(library)]  # bitsandbytes may be left out
-    return {"python": platform.python_version(), **{library: version(library) for library in found}}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""python -m launch check | data | preview | generate: what a recipe will do, and what its run has learned."""
+"""python -m launch check | data | preview | generate | selftest: what a recipe will do, has learned, and survives."""
 
 import functools
 import re
@@ -15,6 +15,7 @@ import typer
 from launch import preflight, runs
 from launch.config import DEFAULT_RECIPE, parse_command_line
 from launch.errors import ConfigError, LaunchError, PreflightError
+from launch.modes import keep_private
 from launch.recipe import TINY_MODEL_NAME, Recipe
 from launch.table import format_table
 
@@ -85,6 +86,28 @@ def merge(
     _refuse_in_one_sentence(work)
 
 
+@app.command()
+def selftest(
+    arguments: Arguments = None,
+    steps: Annotated[int, typer.Option(help="Steps of each run.")] = 24,
+    num_processes: Annotated[int | None, typer.Option(min=1, show_default="GPUs, else 2")] = None,
+    config_file: Annotated[Path, typer.Option(help="Of accelerate launch.")] = Path("configs/accelerate/zero3.yaml"),
+    keep: Annotated[Path | None, typer.Option(help="Run in this new directory, and leave it.")] = None,
+) -> None:
+    """Kill and stop a run on this machine, and see that it ends as one that nothing happened to; exit code 1 if not."""
+    given = arguments or []
+
+    def run() -> None:
+        from launch.selftest import selftest as survive
+
+        recipe = parse_command_line(given)
+        preflight.check(recipe)
+        if not survive(recipe, given, steps=steps, num_processes=num_processes, config_file=config_file, keep=keep):
+            raise typer.Exit(1)
+
+    _refuse_in_one_sentence(run)
+
+
 def _check(recipe: Recipe) -> None:
     import transformers
 
@@ -115,6 +138,7 @@ def _data(recipe: Recipe, strict: bool, html: Path | None) -> None:
 
         return tokenizer_and_template(recipe)
 
+    keep_private(group_readable=recipe.run.group_readable)
     preflight.check_model(recipe.model)
     directory = recipe.run_directory
     start = time.monotonic()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,44 +17,19 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME, exported_state
 from launch.errors import CheckpointError
-from launch.recipe import ADAPTERS, Recipe, RunBlock
-from launch.runs import best_step, write_json
+from launch.lock import end_if_lost
+from launch.modes import give_usual_mode
+from launch.runs import DELETING, SAVING, best_step, write_json
 
 FORMAT = 1
 Identity = dict[str, int | str]  # {"bytes": size, "sha256": digest} of a file
 _NAME = re.compile(r"step-(\d{6,})")
-_TEMPORARY = ".saving-"
-_DELETING = ".deleting-"
-
-# What may differ between the recipe of a checkpoint and the recipe that resumes it: none of it changes a result, or
-# it is compared by content (rows, starting adapter, precision).
-FREE_TO_CHANGE: dict[str, set[str]] = {
-    "model": set(),
-    "data": {"train", "evaluation", "bad_rows", "max_dropped_share"},
-    "adapter": {"init_from"},
-    "train": {
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "save_seconds",
-        "max_bad_steps",
-        "save_total_limit",
-        "load_best_model_at_end",
-        "metric_for_best_model",
-        "max_tokens_per_micro_batch",
-        "packing",
-        "precision",
-        "gradient_checkpointing",
-    },
-    "run": set(RunBlock.model_fields),
-}
 
 
 @dataclass(frozen=True)
@@ -160,19 +136,23 @@ def publish(
 
     `write_files` may return the identities of files that it has hashed and synced while it wrote them.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f"{_TEMPORARY}{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    if not target.parent.is_dir():
+        target.parent.mkdir(parents=True)
+        _sync(target.parent.parent)
+    # Nobody else's name: a process that has lost the run directory, and does not know yet, writes under its own.
+    temporary = target.parent / f"{SAVING}{target.name}-{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
         known = write_files(temporary) or {}
         others = [path for path in temporary.iterdir() if path.name not in known]
         for path in others:
+            give_usual_mode(path)
             _sync(path)
         files = {**known, **{path.name: identity_of_file(path) for path in others}}
         files = dict(sorted(files.items()))
         write_json(temporary / "manifest.json", {**manifest, "files": files})
         _sync(temporary)
+        end_if_lost()
         if target.exists():
             unpublish(target)
         temporary.rename(target)
@@ -184,8 +164,8 @@ def publish(
 
 def unpublish(path: Path) -> None:
     """Hide first, delete then: a half-deleted directory never has a name that somebody reads."""
-    hidden = path.with_name(f"{_DELETING}{path.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
+    end_if_lost()
+    hidden = path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}")
     path.rename(hidden)
     shutil.rmtree(hidden)
 
@@ -211,15 +191,12 @@ def verify(path: Path) -> dict[str, Any]:
 def find_resumable(run_directory: Path, say: Callable[[str], None]) -> Resumable | None:
     """The newest checkpoint that verifies; None when there is none yet. For rank zero, before any other rank reads.
 
-    What an interrupted save or deletion left is removed; a checkpoint that fails is set aside as `*.corrupt` and the
-    one before it is taken. Raises CheckpointError when there are checkpoints and none is good.
+    A checkpoint that fails is set aside as `*.corrupt` and the one before it is taken. Raises CheckpointError when
+    there are checkpoints and none is good.
     """
     directory = checkpoints_directory(run_directory)
     if not directory.exists():
         return None
-    for path in directory.iterdir():
-        if path.name.startswith((_TEMPORARY, _DELETING)):
-            shutil.rmtree(path)
     candidates = _by_step(directory)
     for path in reversed(candidates):
         try:
@@ -259,57 +236,10 @@ def export_adapter(checkpoint: Path, target: Path) -> None:
 
 
 def restore(checkpoint: Resumable, engine: engines.Engine) -> None:
-    """Put weights, moments and loss scaler back; every rank reads the whole file and takes its part."""
+    """Put weights, moments and loss scaler back; every rank maps the whole file and reads its part."""
     tensors = load_file(checkpoint.path / "optimizer.safetensors")
     engines.restore_training_state(engine, tensors, int(checkpoint.state["adam_step"]))
     engines.restore_scaler(engine, checkpoint.state["scaler"])
-
-
-def identity_of_run(
-    recipe: Recipe, *, precision: str, base_fingerprint: str, init_from_sha256: str | None, data_sha256: Sequence[str]
-) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that saved."""
-    return {
-        "recipe": recipe.model_dump(mode="json"),
-        "precision": precision,
-        "base": base_fingerprint,
-        "init_from_sha256": init_from_sha256,
-        "data_sha256": list(data_sha256),
-    }
-
-
-def check_same_run(checkpoint: Resumable, identity: Mapping[str, Any]) -> None:
-    """Raises CheckpointError with the differences that would change the result."""
-    saved = checkpoint.state["identity"]
-    differences = [
-        f"{block}.{key} was {before!r} and is {value!r}"
-        for block, values in identity["recipe"].items()
-        for key, value in values.items()
-        if key not in FREE_TO_CHANGE[block] and (before := _saved_value(saved["recipe"], block, key)) != value
-    ]
-    if saved["precision"] != identity["precision"]:
-        was, now = saved["precision"], identity["precision"]
-        differences.append(f"the precision was {was} and is {now} (train.precision={was} keeps it)")
-    if saved["base"] != identity["base"]:
-        differences.append("the files of the base model are not the same")
-    if saved.get("init_from_sha256") != identity["init_from_sha256"]:
-        differences.append("the adapter that it starts from (adapter.init_from) is not the same")
-    if not differences and saved["data_sha256"] != identity["data_sha256"]:
-        differences.append("the prepared rows are not the same (the data file, the template or the tokenizer changed)")
-    if differences:
-        raise CheckpointError(
-            f"{checkpoint.path} belongs to another run: {'; '.join(differences)}; restore that, or give this one "
-            "another run.name."
-        )
-
-
-def _saved_value(recipe: Mapping[str, Any], block: str, key: str) -> Any:
-    """What a saved recipe has, or the default of a key that was added to the project since."""
-    if key in recipe.get(block, {}):
-        return recipe[block][key]
-    owner: Any = ADAPTERS[recipe["adapter"]["type"]] if block == "adapter" else Recipe.model_fields[block].annotation
-    assert isinstance(owner, type) and issubclass(owner, BaseModel)
-    return owner.model_construct().model_dump(mode="json").get(key)  # none: another type of adapter has it
 
 
 def newest_step(run_directory: Path) -> int:

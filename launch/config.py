@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from launch.errors import ConfigError
 from launch.recipe import ADAPTERS, RUN_NAME, LoraBlock, Recipe, Source
+from launch.same_run import check_allow_change
 
 DEFAULT_RECIPE = Path("configs/recipes/tiny.yaml")
 
@@ -55,9 +56,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         _apply(tree, override)
     tree.setdefault("run", {}).setdefault("name", path.stem)
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_sentence(path, error)) from None
+    try:
+        check_allow_change(recipe.run.allow_change)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}.") from None
+    return recipe
 
 
 def parse_command_line(arguments: Sequence[str]) -> Recipe:

@@ -28,11 +28,12 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from launch import preemption
-from launch.data_report import build_report, check_report
+from launch.data_report import build_report, check_report, describe_splits
 from launch.errors import DataError, TemplateError
 from launch.fingerprint import digest_of, fingerprint_file, fingerprint_tokenizer
 from launch.formats import BadRowError, Conversation, RowFormat, choose_format
 from launch.ledger import DUPLICATE, KEPT, Batch, Dropped, Work, account_for, as_json, conversation_of
+from launch.modes import give_usual_mode
 from launch.recipe import DataBlock, Recipe
 from launch.rows import Chunk, DataFile, find_files, hub_fingerprint, read_chunks, rows_of
 from launch.runs import write_json
@@ -74,6 +75,8 @@ class Prepared:
     number_of_sample: npt.NDArray[np.int64]  # [samples of the store] the line or row in that file
     end_token_ids: list[int]  # the special tokens that end a trained answer
     sha256s: list[str]  # of the store with what is trained on, and with what is held out
+    rows: dict[str, Any]  # data_report.describe_splits: what a run that resumes compares
+    template_sha256: str  # of the chat template's source
     was_there: bool  # nothing had to be prepared
 
     def samples(self, split: str) -> Samples:
@@ -98,6 +101,8 @@ class Prepared:
             self.store.rename(store)
         shutil.rmtree(directory / _FRESH, ignore_errors=True)
         save_split(store, self.split)
+        for path in store.iterdir():
+            give_usual_mode(path)
         write_json(directory / "data_report.json", self.report)
         shutil.copyfile(store / "quarantine.jsonl", directory / "quarantine.jsonl")
         row_ids = "".join(f"{row_id}\n" for row_id in self.evaluation_row_ids)
@@ -127,7 +132,8 @@ def prepare(recipe: Recipe, directory: Path, load: Callable[[], Tools]) -> Prepa
     file_of_sample = rows["file"][kept]
     sources = [*data.train, *data.evaluation]
     source_of_file = np.asarray([sources.index(file.source) for file in files])
-    split = split_samples(recipe, source_of_file[file_of_sample])
+    source_of_sample = source_of_file[file_of_sample]
+    split = split_samples(recipe, source_of_sample)
     report = build_report(facts, rows, Samples.load(store), split)
     prepared = Prepared(
         store,
@@ -137,6 +143,8 @@ def prepare(recipe: Recipe, directory: Path, load: Callable[[], Tools]) -> Prepa
         rows["number"][kept],
         [int(token) for token in facts["end_tokens"]],
         [digest_of([facts["sha256"], hashlib.sha256(indices.tobytes()).hexdigest()]) for indices in split.values()],
+        describe_splits(data, source_of_file, source_of_sample, report["files"], facts["sha256_of_files"], split),
+        facts["template_sha256"],
         bool(found),
     )
     try:
@@ -223,7 +231,7 @@ def _fill(store: Path, key: str, data: DataBlock, files: Sequence[DataFile], too
     seen: set[bytes] = set()
     place_of_file = {file.label: place for place, file in enumerate(files)}
     with (
-        StoreWriter(store) as writer,
+        StoreWriter(store, len(files)) as writer,
         # A lone surrogate in somebody's row becomes its JSON escape.
         (store / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as quarantine,
         tqdm(desc="preparing rows", unit=" rows", disable=not sys.stderr.isatty(), leave=False) as bar,
@@ -231,10 +239,11 @@ def _fill(store: Path, key: str, data: DataBlock, files: Sequence[DataFile], too
         for chunk, batch in _batches(work, files):
             if data.drop_duplicates:
                 batch = _without_duplicates(batch, chunk, seen)
-            writer.append(batch.token_ids, batch.is_trained, batch.lengths, batch.num_trained)
+            place = place_of_file[chunk.file.label]
+            writer.append(batch.token_ids, batch.is_trained, batch.lengths, batch.num_trained, file=place)
             outcomes.append(batch.outcomes)
             numbers.append(batch.numbers)
-            file_of_row.append(np.full(len(batch.numbers), place_of_file[chunk.file.label], np.int32))
+            file_of_row.append(np.full(len(batch.numbers), place, np.int32))
             last_tokens.update(chain.from_iterable(batch.last_tokens))
             counts.update(chain.from_iterable(batch.notes))
             for row in batch.dropped:
@@ -253,12 +262,14 @@ def _fill(store: Path, key: str, data: DataBlock, files: Sequence[DataFile], too
         {
             "files": [file.label for file in files],
             "template": template.name,
+            "template_sha256": hashlib.sha256(template.source.encode()).hexdigest(),
             "answers": last_tokens.total(),
             "end_tokens": {str(t): count for t, count in sorted(last_tokens.items()) if t in end_tokens},
             "end_token_texts": {str(t): tokenizer.convert_ids_to_tokens(t) for t in last_tokens if t in end_tokens},
             "counts": counts,
             "examples": examples,
             "sha256": writer.sha256,
+            "sha256_of_files": writer.sha256_of_files,
             "bytes": {path.name: path.stat().st_size for path in sorted(store.iterdir())},
             "key": key,
         },

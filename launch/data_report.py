@@ -1,13 +1,16 @@
 """The ledger as figures: what became of every row, how long the samples are, what the answers end with."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from launch.errors import DataError
+from launch.fingerprint import digest_of
 from launch.ledger import KEPT, OUTCOMES
+from launch.recipe import DataBlock
 from launch.samples import Samples
 
 NUM_BINS = 24
@@ -48,6 +51,40 @@ def build_report(
             **{name: np.histogram(part.lengths, edges)[0].tolist() for name, part in parts.items()},
         },
         "examples": facts["examples"],
+    }
+
+
+def describe_splits(
+    data: DataBlock,
+    source_of_file: npt.NDArray[np.int64],
+    source_of_sample: npt.NDArray[np.int64],
+    rows_of_file: Mapping[str, int],
+    sha256_of_files: Sequence[str],
+    split: Mapping[str, npt.NDArray[np.int64]],
+) -> dict[str, Any]:
+    """Of each split its samples, a SHA-256 of what they are and in which order, and the rows of each source.
+
+    Moving a file does not change the SHA-256, and evaluation sources do not change that of train.
+    """
+    described = []
+    for number, source in enumerate((*data.train, *data.evaluation)):
+        files = np.flatnonzero(source_of_file == number).tolist()
+        num_rows = sum(list(rows_of_file.values())[file] for file in files)
+        digest = digest_of([sha256_of_files[file] for file in files])
+        path = "/".join(filter(None, (source.path, source.subset, source.split if source.split != "train" else "")))
+        described.append({"path": path, "rows": num_rows, "sha256": digest})
+    train, evaluation = described[: len(data.train)], described[len(data.train) :]
+    first = int((source_of_sample < len(data.train)).sum()) if evaluation else 0  # sample that is held out
+    parts = {"train": (train, split["train"]), "evaluation": (evaluation or train, split["evaluation"] - first)}
+    return {
+        name: {
+            "samples": len(numbers),
+            "sha256": digest_of(
+                [[source["sha256"] for source in sources], hashlib.sha256(numbers.tobytes()).hexdigest()]
+            ),
+            "sources": sources,
+        }
+        for name, (sources, numbers) in parts.items()
     }
 
 

@@ -380,15 +380,14 @@ def _flat_groups(engine: Engine) -> list[torch.Tensor]:
 
 
 def _restore_partitions(engine: Engine, state: dict[str, torch.Tensor]) -> None:
-    """ZeRO-3: safe_set_full_* wants sizes that divide by the ranks, so each rank pads and slices its own part."""
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    """ZeRO-3: safe_set_full_* wants sizes that divide by the ranks, so each rank slices and pads its own part."""
+    rank = dist.get_rank()
     for name, parameter in trainable_parameters(engine):
         partition: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed adds it
         part_size = partition.numel()
         for key in ("master", *MOMENTS):
-            flat = state[f"{name}.{key}"].flatten()
-            padded = torch.nn.functional.pad(flat, (0, part_size * num_ranks - flat.numel()))
-            part = padded[part_size * rank :][:part_size]
+            part = state[f"{name}.{key}"].flatten()[part_size * rank :][:part_size]  # of a mapped file: no more is read
+            part = torch.nn.functional.pad(part, (0, part_size - part.numel()))
             if key == "master":
                 safe_set_local_fp32_param(parameter, part)
             else:

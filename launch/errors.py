@@ -22,6 +22,10 @@ class PreflightError(LaunchError):
     """The machine, the launch command or the run directory."""
 
 
+class RunInUseError(PreflightError):
+    """The run directory of a process that may be alive."""
+
+
 class DataError(LaunchError):
     """The rows."""
 

@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from launch.errors import LaunchError, first_line
+from launch.modes import as_at_start
 
 
 def fetch(
@@ -22,7 +23,8 @@ def fetch(
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise error_class(f"{key} = {name} does not exist; give a directory or a hub id (owner/name).")
     try:
-        snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+        with as_at_start():
+            snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise error_class(
             f"{key} = {name} is no directory here and cannot be had from the hub: {first_line(error)}."

@@ -20,14 +20,13 @@ from launch import merge as merging
 from launch.adapter import ADAPTER_NAME
 from launch.config import load_recipe
 from launch.errors import CheckpointError, MergeError
-from launch.fingerprint import digest_of
+from launch.fingerprint import digest_of, fingerprint_base
 from launch.hub import fetch
 from launch.merge import Part, Pieces
 from launch.model import (
     DTYPES,
     added_token_ids,
     build_skeleton,
-    fingerprint_base,
     resolve_base,
     serving_generation_config,
 )
@@ -48,6 +47,7 @@ class Source:
     adapter: Path  # the directory with adapter_config.json
     recipe: Recipe | None  # of the run that it belongs to
     precision: str | None  # that it was trained in
+    stop_tokens: tuple[str, ...]  # that ended the trained answers; empty for what is no run's
 
 
 def find_source(path: Path) -> Source:
@@ -55,7 +55,7 @@ def find_source(path: Path) -> Source:
     run = path if (path / "recipe.yaml").is_file() else path.parent.parent
     recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
     directory = path / "adapter" if path == run and (path / "adapter").is_dir() else path
-    precision = None
+    precision, stop_tokens = None, ()
     if recipe is not None:
         newest = checkpoints.newest_step(run)
         if path == run and not (path / "adapter").is_dir() and newest:
@@ -63,6 +63,8 @@ def find_source(path: Path) -> Source:
         if newest:
             state = json.loads((checkpoints.path_of_step(run, newest) / "state.json").read_text(encoding="utf-8"))
             precision = state["identity"]["precision"]
+        report = json.loads((run / "data_report.json").read_text(encoding="utf-8"))
+        stop_tokens = tuple(report["answers"]["stop_tokens"])
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
             raise MergeError(
@@ -74,7 +76,7 @@ def find_source(path: Path) -> Source:
             checkpoints.verify(directory)
         except CheckpointError as error:
             raise MergeError(str(error)) from None
-    return Source(directory, recipe, precision)
+    return Source(directory, recipe, precision, stop_tokens)
 
 
 def merge_from_disk(
@@ -205,10 +207,8 @@ def _tokenizer(source: Source, base: Path, settings: ModelBlock) -> PreTrainedTo
 def _generation_config(
     source: Source, skeleton: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationConfig:
-    if (source.adapter / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(str(source.adapter))
-    ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return serving_generation_config(skeleton, ends)
+    ends = source.stop_tokens or tuple(filter(None, [tokenizer.eos_token]))
+    return serving_generation_config(skeleton, [int(tokenizer.convert_tokens_to_ids(end)) for end in ends])
 
 
 def _keys(model: PeftModel, trained: Mapping[str, Stored]) -> dict[int, str]:

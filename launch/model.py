@@ -1,6 +1,5 @@
 """The tokenizer and the base model, by hub id, by local path, or built on the spot."""
 
-import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,14 +26,13 @@ from launch import factory, tiny
 from launch.adapter import check_targets, with_token_ids
 from launch.errors import ConfigError, ModelError, TemplateError, first_line
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
-from launch.hub import fetch
+from launch.modes import as_at_start
 from launch.packing import forward_arguments
 from launch.quantisation import check_usable, is_quantised, keep_layout, quantisation
 from launch.recipe import TINY_MODEL_NAME, LoraBlock, ModelBlock, PrefixTuningBlock, Recipe
 from launch.remote_code import loading_class
 from launch.templates import ChatTemplate, load_chat_template
 
-_FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK_BYTES = 64, 65536
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -105,29 +103,6 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
             "data.template is tokenizer, but this model has no chat template of its own; name one of templates/chat."
         )
     return ChatTemplate(name, source, **tokens)
-
-
-def fingerprint_base(base: str, model: ModelBlock) -> str:
-    """Tells two bases under one name apart: the hub's commit, or a digest of config, code and parts of the weights."""
-    directory = Path(base)
-    if model.factory is not None:
-        code, weights = [Path(model.factory.rpartition(":")[0]).expanduser()], [directory]
-    elif directory.is_dir():
-        code = [directory / "config.json", *(sorted(directory.rglob("*.py")) if model.trust_remote_code else ())]
-        weights = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
-    else:
-        return f"commit {fetch('model.name_or_path', base, ['config.json'], model.revision, ModelError)[1]}"
-    digest = hashlib.sha256()
-    for path in code:
-        digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}".encode())
-    for path in weights:
-        size_bytes = path.stat().st_size
-        digest.update(f"{path.name} {size_bytes}".encode())
-        with path.open("rb") as file:
-            for block in range(_FINGERPRINT_BLOCKS):  # the header is in the first one
-                file.seek(block * size_bytes // _FINGERPRINT_BLOCKS)
-                digest.update(file.read(_FINGERPRINT_BLOCK_BYTES))
-    return f"sha256 {digest.hexdigest()}"
 
 
 def check_adapter_fits(base: str, recipe: Recipe) -> None:
@@ -297,7 +272,8 @@ def serving_generation_config(model: torch.nn.Module, end_token_ids: list[int]) 
 def _loading(what: str, model: ModelBlock) -> Iterator[None]:
     """Makes a ModelError of what loading raises, of remote code whatever that raises."""
     try:
-        yield
+        with as_at_start():  # it may be fetched into a cache that users share
+            yield
     except (OSError, ValueError, ImportError) as error:
         if "does not support an attention implementation" in str(error):
             attention = model.attn_implementation

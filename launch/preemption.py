@@ -26,7 +26,7 @@ def end_when_asked(leave_word: Callable[[], None]) -> None:
         leave_word()
         os._exit(128 + number)
 
-    _listen(end)
+    _listen(end, _ignore)
     if _received:
         end(_received[0][0])
     os.register_at_fork(after_in_child=forget_signals)  # a worker's signals are its own
@@ -46,7 +46,7 @@ def remember_signals(leave_word: Callable[[], None]) -> None:
             os._exit(128 + number)
         _received.append((number, time.monotonic()))
 
-    _listen(remember)
+    _listen(remember, _note)
 
 
 def forget_signals() -> None:
@@ -82,8 +82,8 @@ def end_if_orphaned() -> None:
         os._exit(1)
 
 
-def _listen(act: Callable[[int], None]) -> None:
-    """From now on a thread calls `act` with the number of each signal that comes.
+def _listen(act: Callable[[int], None], in_main_thread: Callable[[int, FrameType | None], None]) -> None:
+    """From now on a thread calls `act` with the number of each signal that comes, and the main one `in_main_thread`.
 
     The main thread may be in a long call into C, where Python's own handlers do not run.
     """
@@ -98,9 +98,15 @@ def _listen(act: Callable[[int], None]) -> None:
     threading.Thread(target=wait, daemon=True).start()
     previous = signal.set_wakeup_fd(write_end)
     for number in _SIGNALS:
-        signal.signal(number, _ignore)
+        signal.signal(number, in_main_thread)
     if previous != -1:
         os.close(previous)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    """What this thread does next already knows of it; the listener may hear of it first, or a little later."""
+    if not _received:
+        _received.append((number, time.monotonic()))
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

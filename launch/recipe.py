@@ -48,6 +48,7 @@ class ModelBlock(Block):
     extra_special_tokens: Names = ()
     eos_token: str | None = Field(None, min_length=1)  # None: the tokenizer's own
     pad_token: str | None = Field(None, min_length=1)  # None: the tokenizer's own
+    hash_weights: bool = False  # a resumed run compares every byte of the base's files, not parts of them
 
     @model_validator(mode="after")
     def _agree(self) -> "ModelBlock":
@@ -265,6 +266,7 @@ class RunBlock(Block):
     name: str = Field(pattern=RUN_NAME.pattern, max_length=100)  # one path component
     output_dir: str = "runs"
     report_to: Names = ()
+    group_readable: bool = False  # what the run leaves is otherwise its user's alone (0700, 0600), not 0750 and 0640
     merge: bool | None = None  # None: yes with LoRA; soft prompts cannot be merged
     merge_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # auto: the trained type, 16-bit for fp32
     max_shard_size_bytes: int = Field(4_000_000_000, ge=1)
@@ -272,6 +274,8 @@ class RunBlock(Block):
     hang_seconds: float = Field(900.0, gt=0)  # without a micro-batch, before a rank ends itself
     grace_seconds: float | None = Field(None, gt=0)  # SIGTERM to SIGKILL; None: as long as torch's launcher waits
     process_group_timeout_seconds: int = Field(1800, ge=10)
+    # Keys that may differ from the checkpoint's though the result depends on them, such as train.learning_rate.
+    allow_change: Names = ()
 
 
 class Recipe(Block):

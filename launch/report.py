@@ -1,5 +1,6 @@
 """What a run says: the start-up banner, one calm line per logging interval, metrics.jsonl, the trackers."""
 
+import os
 import resource
 import sys
 import time
@@ -25,6 +26,22 @@ FLAGSHIP = "configs/recipes/qwen1.5-14b-lora.yaml"
 LAUNCH_COMMAND = "accelerate launch --config_file configs/accelerate/zero3.yaml train.py"
 
 
+class Stopwatch:
+    """The seconds of a start, part by part, from the moment this process was made: its imports count, too."""
+
+    def __init__(self) -> None:
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        made_at = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # starttime of proc(5), in ticks since the machine booted
+        self._since = time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - made_at)
+        self.seconds: dict[str, float] = {}
+
+    def end(self, part: str) -> None:
+        """All since the last call belongs to this part, which may have had other stretches before."""
+        now = time.monotonic()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._since
+        self._since = now
+
+
 class RunLog:
     """Rank zero's voice: the progress bar, the lines, metrics.jsonl and the trackers. Other ranks say nothing.
 
@@ -32,13 +49,21 @@ class RunLog:
     """
 
     def __init__(
-        self, directory: Path, accelerator: Accelerator, *, total_steps: int, first_step: int, logging_steps: int
+        self,
+        directory: Path,
+        accelerator: Accelerator,
+        stopwatch: Stopwatch,
+        *,
+        total_steps: int,
+        first_step: int,
+        logging_steps: int,
     ) -> None:
         self.directory = directory
         self.accelerator = accelerator
         self.is_rank_zero = accelerator.is_main_process
         self.total_steps = total_steps
         self.logging_steps = logging_steps
+        self._stopwatch: Stopwatch | None = stopwatch  # until the first step is done
         self._tracks = True
         self._bar = tqdm(
             total=total_steps,
@@ -70,6 +95,9 @@ class RunLog:
         is_last: bool,
     ) -> None:
         """Add a step: [loss sum, correct, tokens, cells] over all ranks, and its tokens without padding."""
+        if self._stopwatch is not None:
+            self._started(done - 1, self._stopwatch)
+            self._stopwatch = None
         self._bar.update()
         self._sums += torch.tensor(sums, dtype=torch.float64)
         self._num_tokens += num_tokens
@@ -102,6 +130,16 @@ class RunLog:
             f"{self._num_tokens / interval_seconds:,.0f} tok/s{skipped}"
         )
         self._start_interval()
+
+    def _started(self, first_step: int, stopwatch: Stopwatch) -> None:
+        """What the start was made of; parts that took no time are in the record only."""
+        stopwatch.end("first step")
+        parts = stopwatch.seconds
+        total_seconds = sum(parts.values())
+        of_parts = {f"{part.replace(' ', '_')}_seconds": seconds for part, seconds in parts.items()}
+        self._record("start", first_step, {"seconds": total_seconds, **of_parts})
+        named = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items() if seconds >= 0.05)
+        self.say(f"start-up {total_seconds:.1f} s: {named}")
 
     def evaluation(self, done: int, counts: TokenCounts, seconds: float) -> None:
         """The held-out samples after `done` steps."""
@@ -160,14 +198,6 @@ class RunLog:
                 runs.append_metrics(self.directory, {"kind": kind, "step": done, **record})
             except OSError as error:
                 self.say(f"metrics.jsonl cannot be written: {error.strerror}; the figures of step {done} are lost")
-
-
-def end_trackers(accelerator: Accelerator) -> None:
-    """Close the trackers, whatever they say to that, and leave the process group."""
-    try:
-        accelerator.end_training()
-    except Exception as error:
-        print(f"The trackers could not be closed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, resumed_after: int | None) -> str:

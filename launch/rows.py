@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import DataError, first_line
+from launch.modes import as_at_start
 from launch.recipe import Source
 
 Row = Mapping[str, Any]
@@ -386,7 +387,8 @@ def load_hub_set(source: Source) -> Any:
     if not os.isatty(2):
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(source.path, source.subset, split=source.split)
+        with as_at_start():
+            return datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:  # the library raises many kinds; all of them mean that there are no rows
         raise DataError(
             f"The data set {source.path} cannot be loaded from the hub: {type(error).__name__}: {first_line(error)}."

@@ -4,39 +4,68 @@ Files appear whole or not at all; only metrics.jsonl grows, a line at a time.
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
+import platform
+import re
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+from launch import lock
 from launch.errors import NoProgressError, PreflightError
+from launch.modes import as_at_start
 
+SAVING, DELETING = ".saving-", ".deleting-"  # how the names of directories begin that are not whole
+_TEMPORARY_FILE = re.compile(r"\..+\.\d+\.tmp")  # of write_text
 State = Literal["starting", "running", "preempted", "finished", "failed", "refused", "no progress"]
 MAX_RESTARTS_IN_VAIN = 3
-_OF_THE_START = ("newest_step", "restarts_in_vain")  # in status.json until the next start
+_OF_THE_START = ("job", "newest_step", "restarts_in_vain")  # in status.json until the next start
 
 
-def open_run(directory: Path) -> IO[str]:
-    """Make the directory and lock it for the life of the returned file; the kernel lets go when the process dies.
+@contextmanager
+def open_run(directory: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Make the directory, own it alone while the block runs, and remove what dead owners left half-done in it.
 
-    Raises PreflightError when the directory cannot be written, or another process holds it.
+    Raises PreflightError when it cannot be written, RunInUseError when it is another process's who may be alive.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise PreflightError(f"The run directory {directory} cannot be written: {error.strerror}.") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        with as_at_start():  # runs of other users may stand beside this one
+            directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
+        for path in (directory, *(path for path in directory.iterdir() if path.is_dir())):
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):  # not hours later, with the first save
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        lock.acquire(directory, say)
+    except FileExistsError as error:  # directories, and links to them, are no error
+        what = "a link to nowhere" if Path(error.filename).is_symlink() else "no directory"
         raise PreflightError(
-            f"Another process is running in {directory}; wait for it, or give this run another run.name."
+            f"The run directory {directory} cannot be made: {error.filename} is {what}; remove it, or give this run "
+            "another run.name or run.output_dir."
         ) from None
-    return lock
+    except OSError as error:
+        raise PreflightError(
+            f"The run directory {directory} cannot be written: {error.strerror or error} ({error.filename}); set "
+            "run.output_dir to a place that you can write to."
+        ) from None
+    try:
+        _remove_leftovers(directory)
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """What an interrupted write, save, deletion, export or merge left."""
+    for path in [*directory.glob(".*"), *directory.glob("checkpoints/.*"), *directory.glob("data/.tmp*")]:
+        if path.name.startswith((SAVING, DELETING)):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.parent.name == "data" or _TEMPORARY_FILE.fullmatch(path.name):  # .tmp* is of safetensors
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,6 +86,7 @@ def write_json(path: Path, value: object) -> None:
 
 def write_status(directory: Path, state: State, reason: str, **facts: Any) -> None:
     """status.json, which launchers and people read: exit codes are flattened on the way through `accelerate launch`."""
+    lock.end_if_lost()
     of_the_start = {name: value for name, value in read_status(directory).items() if name in _OF_THE_START}
     status = {"state": state, "reason": reason, "unix_seconds": time.time(), **of_the_start, **facts}
     write_json(directory / "status.json", status)
@@ -78,9 +108,39 @@ def begin(directory: Path, newest_step: int) -> None:
             f"{MAX_RESTARTS_IN_VAIN} restarts in a row left nothing newer than step {newest_step}; the last one was "
             f"{state} ({last.get('reason')}). Look at its log, then run the same command again."
         )
-    write_status(
-        directory, "starting", "the job has started", pid=os.getpid(), newest_step=newest_step, restarts_in_vain=in_vain
-    )
+    facts = {"job": this_job(), "newest_step": newest_step, "restarts_in_vain": in_vain}
+    write_status(directory, "starting", "the job has started", pid=os.getpid(), **facts)
+
+
+def this_job(environment: Mapping[str, str] = os.environ) -> str:
+    """The same for every rank of a job, on whatever node, and another for any other job."""
+    address = environment.get("MASTER_ADDR", "localhost")
+    address = platform.node() if address in ("127.0.0.1", "localhost", "::1") else address
+    slurm = [environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")]
+    return " ".join([address, environment.get("MASTER_PORT", ""), *slurm]).strip()
+
+
+def write_failure(directory: Path, reason: str) -> None:
+    """The first rank of this job to end tells the cause: the others only lose their peer."""
+    status = read_status(directory)
+    if status.get("state") in ("starting", "running") and status.get("job") == this_job():
+        write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}")
+
+
+def is_finished(directory: Path, recipe: str) -> bool:
+    """Whether the run of this very recipe, in YAML, has nothing left to do."""
+    if read_status(directory).get("state") != "finished":
+        return False
+    try:
+        return (directory / "recipe.yaml").read_text(encoding="utf-8") == recipe
+    except (OSError, ValueError):
+        return False
+
+
+def leave(directory: Path, state: State, reason: str) -> None:
+    """The status of a process that ends at once, and its lock: on another host nobody would know that it has ended."""
+    write_status(directory, state, reason)
+    lock.release()
 
 
 def write_end(directory: Path, state: State, reason: str) -> None:
@@ -93,32 +153,59 @@ def write_end(directory: Path, state: State, reason: str) -> None:
 
 
 def read_status(directory: Path) -> dict[str, Any]:
-    """status.json, or an empty dict before the first run."""
+    """status.json, or an empty dict before the first run, and when a power cut or the like has left no status in it."""
     try:
         status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except (OSError, ValueError):
         return {}
-    return dict(status)
+    return status if isinstance(status, dict) else {}
+
+
+def write_environment(directory: Path, facts: Mapping[str, Any]) -> None:
+    """environment.json of this start, with those of all earlier ones under `earlier`, the latest last."""
+    path = directory / "environment.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        earlier = [*before.pop("earlier", []), before]
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):  # none yet, or damaged: nothing depends on it
+        earlier = []
+    write_json(path, {**facts, "unix_seconds": time.time(), "earlier": earlier})
 
 
 def append_metrics(directory: Path, record: Mapping[str, Any]) -> None:
-    """One line of metrics.jsonl; NaN and infinity, which JSON has not, are null."""
-    record = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
+    """One line of metrics.jsonl."""
     with (directory / "metrics.jsonl").open("ab", buffering=0) as file:
         size_bytes = file.seek(0, os.SEEK_END)
-        line = json.dumps(record).encode() + b"\n"
+        line = json.dumps(finite(record)).encode() + b"\n"
         if file.write(line) != len(line):  # the disk is full
             file.truncate(size_bytes)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with null for NaN and infinity, which JSON has not."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+
+
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a kill cut off is left out."""
+    """The lines of metrics.jsonl; damaged ones, and a last one that a kill cut off, are left out."""
+    return [record for line in _whole_lines(directory) if (record := _record(line)) is not None]
+
+
+def _whole_lines(directory: Path) -> list[bytes]:
     path = directory / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_ours = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    return record if is_ours else None
 
 
 def best_step(evaluations: Sequence[Mapping[str, Any]], metric: str) -> int | None:
@@ -132,8 +219,30 @@ def best_step(evaluations: Sequence[Mapping[str, Any]], metric: str) -> int | No
     return min(usable)[1] if usable else None
 
 
-def rewind_metrics(directory: Path, step: int) -> list[dict[str, Any]]:
-    """Forget what was measured after `step`, which a resumed run does again; returns what is left."""
-    kept = [record for record in read_metrics(directory) if record["step"] <= step]
+def rewind_metrics(
+    directory: Path, step: int, *, same_held_out: bool = True, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Forget what was measured after `step`, which a resumed run does again; returns what is left.
+
+    That there was a start, and what it cost, stays true. Evaluations of other held-out rows get another kind, so that
+    nobody compares them.
+    """
+    records = read_metrics(directory)
+    num_damaged = len(_whole_lines(directory)) - len(records)
+    if num_damaged:
+        aside = directory / "metrics.jsonl.corrupt"
+        aside.write_bytes((directory / "metrics.jsonl").read_bytes())
+        say(f"Damaged lines of metrics.jsonl, which are left out: {num_damaged}; {aside.name} has them all.")
+    kept = [record for record in records if record["step"] <= step or record["kind"] == "start"]
+    if not same_held_out:
+        others = "evaluation of other rows"
+        kept = [record | {"kind": others} if record["kind"] == "evaluation" else record for record in kept]
     write_text(directory / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
     return kept
+
+
+def known_evaluations(saved: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By step: those that a checkpoint knows of, and those of metrics.jsonl besides, which may have been lost."""
+    measured = {record["step"]: dict(record) for record in metrics if record["kind"] == "evaluation"}
+    known = measured | {record["step"]: dict(record) for record in saved}
+    return [known[step] for step in sorted(known)]

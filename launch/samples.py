@@ -1,7 +1,6 @@
 """Samples on disk: tokens end to end in flat files, mapped and never read whole, and the arrays that index them."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -68,13 +67,14 @@ def save_split(store: Path, split: dict[str, npt.NDArray[np.int64]]) -> None:
 class StoreWriter:
     """Appends samples to a new store. Use it as a context; `sha256` is then of all that was written."""
 
-    def __init__(self, store: Path) -> None:
+    def __init__(self, store: Path, num_files: int) -> None:
         self._store = store
         self._token_ids = (store / _TOKEN_IDS).open("wb")
         self._is_trained = (store / _IS_TRAINED).open("wb")
         self._lengths: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
         self._num_trained: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
-        self._digests = [hashlib.sha256() for _ in range(3)]
+        self._digest = _Digest()
+        self._digest_of_file = [_Digest() for _ in range(num_files)]
 
     def __enter__(self) -> "StoreWriter":
         return self
@@ -94,11 +94,12 @@ class StoreWriter:
         is_trained: npt.NDArray[np.bool_],
         lengths: npt.NDArray[np.int64],
         num_trained: npt.NDArray[np.int64],
+        *,
+        file: int,
     ) -> None:
-        """Samples end to end, [tokens] and [samples]."""
-        arrays: Sequence[npt.NDArray[Any]] = (token_ids, is_trained, lengths)
-        for digest, array in zip(self._digests, arrays, strict=True):
-            digest.update(array.tobytes())
+        """Samples of a file end to end, [tokens] and [samples]."""
+        for digest in (self._digest, self._digest_of_file[file]):
+            digest.update(token_ids, is_trained, lengths)
         self._token_ids.write(token_ids.tobytes())
         self._is_trained.write(is_trained.tobytes())
         self._lengths.append(lengths)
@@ -107,7 +108,26 @@ class StoreWriter:
     @property
     def sha256(self) -> str:
         """Of the tokens, the masks and the lengths, whatever the batches in which they came."""
-        return hashlib.sha256("".join(digest.hexdigest() for digest in self._digests).encode()).hexdigest()
+        return self._digest.hexdigest()
+
+    @property
+    def sha256_of_files(self) -> list[str]:
+        """The same of each file's samples."""
+        return [digest.hexdigest() for digest in self._digest_of_file]
+
+
+class _Digest:
+    """Of arrays that come in pieces, each of them hashed by itself, so that where they are cut does not matter."""
+
+    def __init__(self) -> None:
+        self._parts = [hashlib.sha256() for _ in range(3)]
+
+    def update(self, *arrays: npt.NDArray[Any]) -> None:
+        for part, array in zip(self._parts, arrays, strict=True):
+            part.update(array.tobytes())
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256("".join(part.hexdigest() for part in self._parts).encode()).hexdigest()
 
 
 def _mapped(path: Path, dtype: type[Any], count: int) -> npt.NDArray[Any]:

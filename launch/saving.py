@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +83,14 @@ class Saves:
         """Rank zero's clock, which the others hear of in the step's reduction."""
         return dist.get_rank() == 0 and time.monotonic() - self._since >= self._interval_seconds
 
-    def save(self, done: int, *, skipped_steps: int, best: Callable[[], int | None]) -> None:
+    def save(
+        self,
+        done: int,
+        *,
+        skipped_steps: int,
+        evaluations: Sequence[Mapping[str, Any]],
+        best: Callable[[], int | None],
+    ) -> None:
         """Save the state after `done` steps, unless that has been done; a collective.
 
         The checkpoint of the step that `best` names, when this one is on disk, is kept however old it is.
@@ -95,7 +102,7 @@ class Saves:
         start = time.monotonic()
         self._settle()  # two gathered copies at once might not fit
         self._write_last = None
-        facts = {"step": done, "skipped_steps": skipped_steps, **self.facts}
+        facts = {"step": done, "skipped_steps": skipped_steps, "evaluations": list(evaluations), **self.facts}
         snapshot = checkpoints.take_snapshot(self.job.engine, self.job.model, self.job.tokenizer, facts)
         self._stall_seconds = time.monotonic() - start
         if snapshot is not None:

@@ -21,7 +21,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, Qwe
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import train
-from launch import runs
+from launch import preemption, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -261,6 +261,7 @@ def run_ranks(
 def _be_a_rank(
     environment: dict[str, Any], sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    preemption.end_with_parent()  # as train.py does where it is started
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)  # replaces the thread pool that the fork broke: threads that load weights race to do so
     try:

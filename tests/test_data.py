@@ -422,6 +422,31 @@ def test_an_evaluation_source(tmp_path: Path, base: Path) -> None:
         run(tmp_path, base, train, evaluation=train, test_size=None)
 
 
+def test_each_split_is_told_by_its_own_rows_and_their_order(tmp_path: Path, base: Path) -> None:
+    """What a run that resumes compares: moving a file is no change, and train does not depend on what is held out."""
+    (tmp_path / "moved").mkdir()
+    train, evaluation = numbered(tmp_path / "a.jsonl", 9, "a"), numbered(tmp_path / "b.jsonl", 4, "b")
+    moved, longer = numbered(tmp_path / "moved" / "a.jsonl", 9, "a"), numbered(tmp_path / "c.jsonl", 5, "b")
+    shorter = numbered(tmp_path / "e.jsonl", 8, "a")
+    turned = write(tmp_path / "d.jsonl", [{"input": f"a{number}", "output": "b"} for number in reversed(range(9))])
+
+    def rows(name: str, train: str, evaluation: str | tuple[()] = (), **data: Any) -> dict[str, Any]:
+        return run(tmp_path / name, base, train, evaluation=evaluation, **{"test_size": None} | data).rows
+
+    first = rows("first", train, evaluation)
+    assert [(name, split["samples"]) for name, split in first.items()] == [("train", 9), ("evaluation", 4)]
+    assert [(source["path"], source["rows"]) for source in first["train"]["sources"]] == [(train, 9)]
+    assert [(source["path"], source["rows"]) for source in first["evaluation"]["sources"]] == [(evaluation, 4)]
+
+    def same(other: dict[str, Any]) -> list[str]:
+        return [name for name in first if first[name]["sha256"] == other[name]["sha256"]]
+
+    assert same(rows("moved", moved, evaluation)) == ["train", "evaluation"]
+    assert same(rows("longer", train, longer)) == ["train"]
+    assert same(rows("turned", turned, evaluation)) == same(rows("shorter", shorter, evaluation)) == ["evaluation"]
+    assert same(rows("split", train, test_size=2)) == []
+
+
 def test_every_kind_of_file_at_once(tmp_path: Path, base: Path) -> None:
     rows = tmp_path / "rows"
     rows.mkdir()

@@ -70,7 +70,8 @@ def test_soft_prompts_answer_too(world: World, name: str) -> None:
 
 def test_a_run_without_an_adapter_is_refused(world: World) -> None:
     recipe = world.recipe("not-there")
-    runs.open_run(world.run_directory("not-there")).close()
+    with runs.open_run(world.run_directory("not-there")):
+        pass
     directory = world.run_directory("not-there")
     sentence = f"Refused: The run in {directory} has no finished adapter (it is %s); run train.py to its end.\n"
     assert python_m_launch("generate", recipe) == (2, "", sentence % "not started")

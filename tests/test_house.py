@@ -15,10 +15,12 @@ HOUSE = Path(__file__).resolve().parent.parent
 
 # A module imports only from the rows above its own.
 LAYERS = (
-    "launch launch.errors launch.table launch.recipe metrics metrics.tokens",
-    "launch.config launch.runs launch.preemption launch.watchdog launch.deadline launch.batching launch.samples",
-    "launch.hub launch.remote_code",
-    "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates",
+    "launch launch.errors launch.modes launch.table launch.recipe launch.batching metrics metrics.tokens",
+    "launch.same_run",
+    "launch.config launch.lock launch.preemption launch.watchdog launch.deadline launch.samples",
+    "launch.runs launch.hub launch.remote_code",
+    "launch.trackers",
+    "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates launch.selftest",
     "launch.formats launch.tokens",
     "launch.ledger",
     "launch.data_report",
@@ -29,10 +31,10 @@ LAYERS = (
     "launch.factory",
     "launch.model",
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
-    "launch.generate launch.saving launch.merge_from_disk",
+    "launch.generate launch.saving launch.start launch.merge_from_disk",
     "train launch.__main__",
 )
-NUM_LIGHT_LAYERS = 8  # these start fast on a login node
+NUM_LIGHT_LAYERS = 10  # these start fast on a login node
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
 WITHIN_A_LAYER = {
     ("launch.merge", "launch.checkpoint"),
@@ -175,6 +177,17 @@ def test_readme_is_short() -> None:
 def test_readme_links_exist() -> None:
     links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", readme())
     assert [link for link in links if not (HOUSE / link).exists()] == []
+
+
+def test_the_tests_that_the_fault_page_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (HOUSE / "docs" / "faults.md").read_text(encoding="utf-8")))
+    there = {
+        node.name
+        for path in (HOUSE / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_bytes()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert len(named) > 30 and named <= there, named - there
 
 
 def test_readme_tree_is_the_tree() -> None:

@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, World
-from safetensors.torch import load_file
 
 from launch import runs
 from launch.checkpoint import path_of_step
@@ -61,29 +59,6 @@ def wait_until(condition: object, seconds: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"after {seconds} s: not {what}"
         time.sleep(0.05)
-
-
-def final_state(world: World, name: str) -> dict[str, torch.Tensor]:
-    return load_file(path_of_step(world.run_directory(name), SETTINGS["max_steps"]) / "optimizer.safetensors")
-
-
-def test_kill_9_of_the_launcher_then_the_same_command(world: World) -> None:
-    blocks = {"train": SETTINGS, "adapter": {"lora_dropout": 0.1}}
-    finish(start(world.recipe("straight", **blocks)))
-    recipe = world.recipe("killed", **blocks)
-    process = start(recipe)
-    wait_until(path_of_step(world.run_directory("killed"), 10).exists, 120, "a checkpoint")
-    assert len(ranks_of(recipe)) == 2
-    process.kill()
-    wait_until(lambda: not ranks_of(recipe), 5, "without ranks")
-    process.communicate()
-    assert runs.read_status(world.run_directory("killed"))["state"] == "running"  # nobody was left to say otherwise
-    assert "resumed after step" in finish(start(recipe))
-    assert runs.read_status(world.run_directory("killed"))["state"] == "finished"
-    straight, resumed = final_state(world, "straight"), final_state(world, "killed")
-    assert straight.keys() == resumed.keys()
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    assert "is finished" in finish(start(recipe))
 
 
 def test_sigterm_to_the_launcher_saves_and_continues(world: World) -> None:

@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import train
 from launch.adapter import add_adapter, check_targets, trained_kinds
-from launch.checkpoint import Resumable, check_same_run, identity_of_run
 from launch.config import dump_recipe, load_recipe
-from launch.errors import AdapterError, CheckpointError, ConfigError
+from launch.errors import AdapterError, ConfigError
 from launch.merge import add_lora
 from launch.model import load_base
 from launch.recipe import LoraBlock, Recipe
@@ -159,23 +158,6 @@ def test_two_then_three_ranks_with_several_learning_rates(
     assert [code for code, _ in run_ranks(2, stop_at, 4, [str(recipe)], deepspeed=config)] == [0, 0]
     launch(recipe, 3, deepspeed=config)
     assert 0 < largest_difference(world, f"straight-{stage}", f"elastic-{stage}") < 1e-5
-
-
-def test_a_checkpoint_from_before_these_keys_is_still_resumed(world: World) -> None:
-    """What a saved recipe lacks has the default, in the form in which it would have been saved."""
-    path = world.recipe("older", adapter={"r": 4})
-    facts: dict[str, Any] = {"precision": "fp32", "base_fingerprint": "", "init_from_sha256": None, "data_sha256": []}
-    saved = json.loads(json.dumps(identity_of_run(load_recipe(path), **facts)))
-    for key in ("modules_to_save", "use_dora", "rank_pattern", "trainable_token_indices", "init_from"):
-        del saved["recipe"]["adapter"][key]
-    del saved["recipe"]["train"]["loraplus_lr_ratio"], saved["init_from_sha256"]
-    checkpoint = Resumable(path, {"step": 1, "identity": saved})
-    check_same_run(checkpoint, identity_of_run(load_recipe(path), **facts))
-    changed = load_recipe(path, ["adapter.rank_pattern={q_proj: 2}", "train.loraplus_lr_ratio=2.0"])
-    with pytest.raises(
-        CheckpointError, match=r"rank_pattern was {} and is {'q_proj': 2}; train\.loraplus_lr_ratio was"
-    ):
-        check_same_run(checkpoint, identity_of_run(changed, **facts))
 
 
 # ---- starting from an adapter ----

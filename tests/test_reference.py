@@ -185,7 +185,7 @@ def test_whole_runs_end_with_the_same_weights(
     path = world.recipe(name, adapter=adapter, train=settings | {"loraplus_lr_ratio": loraplus})
     launch(path, 2)
     kinds = "lora_A, lora_B, lora_magnitude_vector, lm_head" if loraplus else "lora_A, lora_B, lm_head"
-    assert f"%): {kinds} a rank holds" in " ".join(capfd.readouterr().out.split())
+    assert f"%): {kinds} a stop gets" in " ".join(capfd.readouterr().out.split())
     expected, norms = run_ranks(1, their_run, path)[0]
     assert min(norms) > 0.3
     assert [r["gradient_norm"] for r in world.metrics(name, "train")] == pytest.approx(norms, rel=1e-4)

@@ -24,7 +24,8 @@ from launch import engine as engines
 from launch.adapter import add_adapter
 from launch.config import load_recipe
 from launch.errors import ModelError
-from launch.model import enable_gradient_checkpointing, fingerprint_base, load_base
+from launch.fingerprint import fingerprint_base
+from launch.model import enable_gradient_checkpointing, load_base
 from launch.packing import batch_loss, collate, forward_arguments
 from launch.preflight import check_model
 from launch.recipe import ModelBlock

@@ -2,8 +2,8 @@
 
 import json
 import os
-import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from launch.checkpoint import find_resumable, path_of_step
 from launch.config import load_recipe
 from launch.errors import CheckpointError
 from launch.model import load_base
+from launch.report import Stopwatch
 
 STEPS = 9
 SETTINGS = {"max_steps": STEPS, "save_steps": 3, "eval_steps": 4}
@@ -86,6 +87,35 @@ def test_stopped_and_resumed_is_bitwise_straight_with_dropout(world: World, stag
     for kind in ("train", "evaluation"):
         ours, theirs = world.metrics(name, kind), world.metrics(f"straight-{stage}", kind)
         assert [(r["step"], r["loss"]) for r in ours] == [(r["step"], r["loss"]) for r in theirs]
+    starts = world.metrics(name, "start")
+    assert [record["step"] for record in starts] == [0, 4, 7]
+    for record in starts:
+        parts = {key: value for key, value in record.items() if key.endswith("_seconds")}
+        assert record["seconds"] == pytest.approx(sum(parts.values())) and min(parts.values()) >= 0
+        assert {"imports_seconds", "rows_seconds", "base_seconds", "resume_seconds"} < parts.keys()
+
+
+def slow_to_begin() -> dict[str, float]:
+    time.sleep(0.3)
+    stopwatch = Stopwatch()
+    stopwatch.end("imports")
+    time.sleep(0.1)
+    stopwatch.end("first step")
+    stopwatch.end("first step")
+    return stopwatch.seconds
+
+
+def test_a_start_is_timed_from_the_making_of_the_process() -> None:
+    (seconds,) = run_ranks(1, slow_to_begin)
+    assert 0.3 <= seconds["imports"] < 3
+    assert 0.1 <= seconds["first step"] < 0.3
+
+
+def test_the_steps_after_a_checkpoint_are_forgotten_and_the_starts_are_not(tmp_path: Path) -> None:
+    for kind, step in (("start", 0), ("train", 1), ("train", 2), ("start", 2), ("train", 3)):
+        runs.append_metrics(tmp_path, {"kind": kind, "step": step})
+    kept = [(record["kind"], record["step"]) for record in runs.rewind_metrics(tmp_path, 1, say=print)]
+    assert kept == [("start", 0), ("train", 1), ("start", 2)]
 
 
 @pytest.mark.slow
@@ -175,32 +205,6 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_is_used(world: World) -
     (path_of_step(run_directory, 3) / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="Every checkpoint in"):
         find_resumable(run_directory, said.append)
-
-
-def test_another_recipe_is_refused_with_the_difference(world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    recipe = world.recipe("changed", train={"max_steps": 4, "save_steps": 2})
-    launch(recipe, 1)
-    assert run_ranks(1, train.main, [str(recipe), "adapter.r=8", "run.name=changed"]) == [1]
-    assert "adapter.r was 4 and is 8" in capfd.readouterr().err
-    assert run_ranks(1, train.main, [str(recipe), "train.precision=bf16"]) == [1]
-    assert "the precision was fp32 and is bf16 (train.precision=fp32 keeps it)" in capfd.readouterr().err
-    report = (world.run_directory("changed") / "data_report.json").read_text()
-    assert run_ranks(1, train.main, [str(recipe), "data.test_size=5"]) == [1]
-    assert "data.test_size was 10.0 and is 5" in capfd.readouterr().err
-    assert (world.run_directory("changed") / "data_report.json").read_text() == report
-    launch(recipe, 2, "train.max_tokens_per_micro_batch=512", "train.gradient_checkpointing=true")  # the same results
-
-
-def test_another_base_under_the_same_name_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    base = world.directory / "moving-base"
-    shutil.copytree(world.base, base)
-    recipe = World(world.directory, base, world.rows).recipe("moving", train={"max_steps": 4, "save_steps": 2})
-    launch(recipe, 1)
-    weights = bytearray((base / "model.safetensors").read_bytes())
-    weights[-100] ^= 1
-    (base / "model.safetensors").write_bytes(weights)
-    assert run_ranks(1, train.main, [str(recipe), "train.logging_steps=2"]) == [1]
-    assert "the files of the base model are not the same" in capfd.readouterr().err
 
 
 def test_a_finished_run_says_so(world: World, capfd: pytest.CaptureFixture[str]) -> None:

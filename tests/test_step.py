@@ -36,10 +36,10 @@ def reference(world: World) -> str:
         pytest.param(1, 128, 3, "auto", marks=pytest.mark.slow),
         (2, 128, 3, "auto"),
         pytest.param(2, 1024, 3, "auto", marks=pytest.mark.slow),
-        (4, 256, 3, "auto"),
+        pytest.param(4, 256, 3, "auto", marks=pytest.mark.slow),
         pytest.param(3, 128, 3, "auto", marks=pytest.mark.slow),
         pytest.param(1, 256, 3, "off", marks=pytest.mark.slow),
-        (2, 256, 3, "off"),
+        pytest.param(2, 256, 3, "off", marks=pytest.mark.slow),
         pytest.param(2, 128, 2, "auto", marks=pytest.mark.slow),
         (2, 128, 1, "auto"),
     ],
@@ -60,11 +60,8 @@ def test_any_layout_gives_the_same_curve(
     assert (max(padding) > 0.05) == (packing == "off")
 
 
-@pytest.mark.parametrize(
-    "blocks",
-    [{}, *(pytest.param(b, marks=pytest.mark.slow) for b in ({"packing": "off"}, {"gradient_checkpointing": True}))],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [{}, {"packing": "off"}, {"gradient_checkpointing": True}], ids=str)
 def test_ranks_without_a_sample_keep_in_step(world: World, blocks: dict[str, Any]) -> None:
     """2 samples a step on 4 ranks: two of them have nothing to train on."""
     settings = {"max_steps": 3, "global_batch_size": 2, **blocks}

@@ -72,6 +72,7 @@ def test_bad_steps_in_a_row_end_the_run(world: World, capfd: pytest.CaptureFixtu
     assert runs.read_status(world.run_directory("many"))["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_an_overflow_storm_is_bounded_by_the_same_number(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     """DeepSpeed's scaler alone would raise when it can go no lower, with the 18th bad step."""
     recipe = world.recipe("storm", train={"max_steps": 30, "max_bad_steps": 20, "save_steps": 100})

@@ -116,6 +116,7 @@ def ended_in_the_merge(arguments: list[str]) -> None:
     signalled_at("merge", 1, [signal.SIGTERM], train.merging, arguments)
 
 
+@pytest.mark.slow
 def test_a_stop_during_the_merge_leaves_the_merge_to_do(world: World) -> None:
     recipe = world.recipe("merging", train=SETTINGS, run={"merge": True})
     with pytest.raises(AssertionError, match="exit code 143"):
@@ -124,6 +125,7 @@ def test_a_stop_during_the_merge_leaves_the_merge_to_do(world: World) -> None:
     status = runs.read_status(directory)
     assert (status["state"], status["reason"]) == ("preempted", "asked to stop while merging; every step is saved")
     assert not (directory / "merged").exists()
+    assert not (directory / ".lock").exists()
     launch(recipe, 1)
     assert (directory / "merged" / "model.safetensors").exists()
     assert runs.read_status(directory)["state"] == "finished"
@@ -146,6 +148,7 @@ def test_a_stop_before_the_first_step_ends_at_once(world: World) -> None:
         "asked to stop before the first step; there was nothing to save yet",
     )
     assert not checkpoints_directory(directory).exists()
+    assert not (directory / ".lock").exists(), "on another host nobody would know that its owner has ended"
     launch(recipe, 1)
     assert runs.read_status(directory)["state"] == "finished"
 
