@@ -29,6 +29,7 @@ from launch import batching, preflight, runs
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import merge as merging
+from launch.adapter import WEIGHTS_FILE
 from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.deadline import Deadline
@@ -159,6 +160,11 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
         preemption.end_when_asked(lambda: runs.leave(recipe.run_directory, "preempted", word))
     chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
+        shard_bytes = recipe.run.max_shard_size_bytes
+        adapter_file = recipe.run_directory / "adapter" / WEIGHTS_FILE
+        origin = functools.partial(
+            merging.facts_of, adapter_file, found["base"], found["identity"]["base"], shard_bytes
+        )
         unquantised = functools.partial(load_unquantised, found["base"], recipe.model, tokenizer, added)
         merging.merge(
             model,
@@ -166,8 +172,8 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
             serving_generation_config(base, found["end_token_ids"]),
             recipe.run_directory / "merged",
             dtype_name=dtype_name,
-            max_shard_size_bytes=recipe.run.max_shard_size_bytes,
-            facts={"step": chosen, "base": found["base"]},
+            max_shard_size_bytes=shard_bytes,
+            facts=lambda: {"step": chosen, **origin()},
             load_unquantised=unquantised if recipe.model.load_in_4bit else None,
         )
     end_trackers(accelerator)

@@ -27,6 +27,7 @@ from launch.errors import ConfigError
 from launch.recipe import AdapterBlock, LoraBlock
 
 ADAPTER_NAME = "default"  # PEFT's own
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 
 _CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "lora": LoraConfig,

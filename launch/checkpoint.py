@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from launch import engine as engines
-from launch.adapter import ADAPTER_NAME, exported_state
+from launch.adapter import ADAPTER_NAME, WEIGHTS_FILE, exported_state
 from launch.errors import CheckpointError
 from launch.lock import end_if_lost
 from launch.modes import give_usual_mode
@@ -93,7 +93,7 @@ def write_snapshot(run_directory: Path, snapshot: Snapshot, *, keep: int, best: 
 
     def write_files(directory: Path) -> None:
         save_file(snapshot.tensors, directory / "optimizer.safetensors")
-        save_file(snapshot.adapter, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(snapshot.adapter, directory / WEIGHTS_FILE, metadata={"format": "pt"})
         snapshot.peft_config.save_pretrained(str(directory))
         snapshot.tokenizer.save_pretrained(str(directory))
         write_json(directory / "state.json", snapshot.state)

@@ -26,7 +26,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME
-from launch.checkpoint import Identity, publish
+from launch.checkpoint import Identity, identity_of_file, publish
 from launch.errors import MergeError
 from launch.quantisation import is_quantised
 from launch.runs import write_json
@@ -83,6 +83,16 @@ class Part:
         is_number = tensor.is_floating_point() or is_packed(tensor)
         published = self.published or ((self.name, self.shape),)
         return [Layout(name, dtype if is_number else tensor.dtype, shape) for name, shape in published]
+
+
+def facts_of(adapter: Path, base: str, base_fingerprint: str, max_shard_size_bytes: int) -> dict[str, str | int]:
+    """What merge_report.json says of the merge's origin; `adapter` is the file of its tensors."""
+    return {
+        "adapter_sha256": identity_of_file(adapter)["sha256"],
+        "base": base,
+        "base_fingerprint": base_fingerprint,
+        "max_shard_size_bytes": max_shard_size_bytes,
+    }
 
 
 @dataclass(frozen=True)
@@ -279,13 +289,14 @@ def merge(
     *,
     dtype_name: str,
     max_shard_size_bytes: int,
-    facts: dict[str, object],
+    facts: Callable[[], Mapping[str, object]],
     load_unquantised: Callable[[torch.dtype], PreTrainedModel] | None = None,
 ) -> None:
     """Merge the live model into `target`, which appears whole or not at all. A collective; rank zero writes.
 
     A model of transformers becomes what `from_pretrained` reads, any other `model.pth`, a state dict like its own. Of a
-    quantised base, what is not trained comes from what `load_unquantised` gives in the output type, on rank zero.
+    quantised base, what is not trained comes from what `load_unquantised` gives in the output type, on rank zero, which
+    also asks for the `facts` of merge_report.json.
     Raises MergeError when a merged tensor is not finite in the output type.
     """
     parts, ties = plan_merge(model)
@@ -311,7 +322,7 @@ def merge(
         generation_config=generation_config,
         dtype_name=dtype_name,
         max_shard_size_bytes=max_shard_size_bytes,
-        facts=facts,
+        facts=facts(),
     )
 
 

@@ -17,10 +17,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from launch import checkpoint as checkpoints
 from launch import merge as merging
-from launch.adapter import ADAPTER_NAME
+from launch.adapter import ADAPTER_NAME, CONFIG_FILE, WEIGHTS_FILE
 from launch.config import load_recipe
 from launch.errors import CheckpointError, MergeError
-from launch.fingerprint import digest_of, fingerprint_base
+from launch.fingerprint import fingerprint_base
 from launch.hub import fetch
 from launch.merge import Part, Pieces
 from launch.model import (
@@ -34,7 +34,6 @@ from launch.recipe import ModelBlock, Recipe
 from launch.shards import Stored, read_model, read_safetensors
 from launch.vocabulary import add_rows, own_rows, row_names, rows_with_mean
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_FILES = ("*.json", "*.safetensors", "*.bin", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja")
 # Ways to begin that take something away from the base, which is then not the one on disk.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -65,7 +64,7 @@ def find_source(path: Path) -> Source:
             precision = state["identity"]["precision"]
         report = json.loads((run / "data_report.json").read_text(encoding="utf-8"))
         stop_tokens = tuple(report["answers"]["stop_tokens"])
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise MergeError(
                 f"{directory} has no {name}; give a run, one of its checkpoints, or a directory that PEFT's "
@@ -99,14 +98,11 @@ def merge_from_disk(
     name = str(resolve_base(source.recipe)) if source.recipe and base is None else settings.name_or_path
     directory, _ = fetch("The base", name, BASE_FILES, settings.revision, MergeError)
     stored = read_model(directory)
-    trained = read_safetensors(source.adapter / WEIGHTS)
+    trained = read_safetensors(source.adapter / WEIGHTS_FILE)
     dtype_name = dtype_name or _dtype_name(source, stored)
-    facts = {
-        "adapter": digest_of(checkpoints.identity_of_file(source.adapter / WEIGHTS)),
-        "base": str(directory),
-        "base_files": fingerprint_base(str(directory), settings),
-        "max_shard_size_bytes": max_shard_size_bytes,
-    }
+    facts = merging.facts_of(
+        source.adapter / WEIGHTS_FILE, name, fingerprint_base(name, settings), max_shard_size_bytes
+    )
     if _is_there(target, {"dtype": dtype_name, **facts}, overwrite):
         return False
 

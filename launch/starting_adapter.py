@@ -9,12 +9,10 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from launch.adapter import exported_state, peft_config
+from launch.adapter import CONFIG_FILE, WEIGHTS_FILE, exported_state, peft_config
 from launch.errors import AdapterError
 from launch.hub import fetch
 from launch.recipe import OLD_LORA_KEYS, AdapterBlock, LoraBlock, PromptTuningBlock
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Keys of a LoRA that may differ: names and shapes of the weights say which modules are trained, and the others do not
 # change what the weights mean.
@@ -44,19 +42,19 @@ def fingerprint_starting_adapter(adapter: AdapterBlock) -> str | None:
         return None
     directory = _directory_of(adapter.init_from)
     where = f"adapter.init_from = {adapter.init_from}"
-    for name in (CONFIG, WEIGHTS):
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             has_pickle = (directory / "adapter_model.bin").is_file()
             remedy = "a .bin is a pickle and is not read, so save it again with PEFT's save_pretrained"
             remedy = remedy if has_pickle else "give the directory that PEFT's save_pretrained wrote"
             raise AdapterError(f"{where} has no {name}; {remedy}.")
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError:
         config = None
     if not isinstance(config, dict):
         raise AdapterError(
-            f"{where}: its {CONFIG} holds no keys; give the directory that PEFT's save_pretrained wrote."
+            f"{where}: its {CONFIG_FILE} holds no keys; give the directory that PEFT's save_pretrained wrote."
         )
     _check_config(where, config, adapter)
     return _digest(directory)
@@ -75,9 +73,9 @@ def start_from(adapter: AdapterBlock, sha256: str | None, model: PeftModel) -> N
     if _digest(directory) != sha256:
         raise AdapterError(f"{where} is not the same on every node, or was changed at this moment; make it so.")
     try:
-        tensors = load_file(directory / WEIGHTS)
+        tensors = load_file(directory / WEIGHTS_FILE)
     except SafetensorError as error:
-        raise AdapterError(f"{where}: its {WEIGHTS} cannot be read: {error}.") from None
+        raise AdapterError(f"{where}: its {WEIGHTS_FILE} cannot be read: {error}.") from None
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     parameters = exported_state(model, trained)  # by the names in the file
     assert {id(parameter) for parameter in parameters.values()} == {id(parameter) for parameter in trained.values()}
@@ -95,13 +93,13 @@ def start_from(adapter: AdapterBlock, sha256: str | None, model: PeftModel) -> N
 
 
 def _directory_of(name: str) -> Path:
-    directory, _ = fetch("adapter.init_from", name, (CONFIG, WEIGHTS), None, AdapterError)
+    directory, _ = fetch("adapter.init_from", name, (CONFIG_FILE, WEIGHTS_FILE), None, AdapterError)
     return directory
 
 
 def _digest(directory: Path) -> str:
-    digest = hashlib.sha256((directory / CONFIG).read_bytes())
-    with (directory / WEIGHTS).open("rb") as file:
+    digest = hashlib.sha256((directory / CONFIG_FILE).read_bytes())
+    with (directory / WEIGHTS_FILE).open("rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
@@ -110,7 +108,7 @@ def _check_config(where: str, config: dict[str, Any], adapter: LoraBlock | Promp
     """Every key that changes what the weights mean must be the recipe's; one that is left out has PEFT's default."""
     for key, instead in OLD_LORA_KEYS.items():
         if key in config:
-            raise AdapterError(f"{where}: its {CONFIG} has {key}, a key of PEFT before 0.3; {instead}.")
+            raise AdapterError(f"{where}: its {CONFIG_FILE} has {key}, a key of PEFT before 0.3; {instead}.")
     ours, defaults = _plain(peft_config(adapter, model_type="", base="")), _plain(LoraConfig())
     if config.get("peft_type") != ours["peft_type"]:
         raise AdapterError(
@@ -131,7 +129,7 @@ def _check_config(where: str, config: dict[str, Any], adapter: LoraBlock | Promp
             mine, its = sorted(mine or []), sorted(its or [])
         if (mine or its) and mine != its:
             remedy = f"set adapter.{key} to that" if key in LoraBlock.model_fields else "it cannot be continued"
-            raise AdapterError(f"{where}: {key} is {mine!r} in the recipe and {its!r} in its {CONFIG}; {remedy}.")
+            raise AdapterError(f"{where}: {key} is {mine!r} in the recipe and {its!r} in its {CONFIG_FILE}; {remedy}.")
 
 
 def _plain(config: PeftConfig) -> dict[str, Any]:

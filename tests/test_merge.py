@@ -50,6 +50,7 @@ def test_merged_logits_are_those_of_base_and_adapter(any_world: World, kind: str
     launch(any_world.recipe(name, adapter=adapter, train=train, run=shards), 2)
     run_directory = any_world.run_directory(name)
     assert merge_from_disk(find_source(run_directory), run_directory / "from-disk", max_shard_size_bytes=20_000)
+    assert not merge_from_disk(find_source(run_directory), run_directory / "merged", max_shard_size_bytes=20_000)
     for path in (run_directory / "merged").iterdir():
         if path.name in ("manifest.json", "merge_report.json"):
             continue  # they tell the step, and from where
