@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -268,19 +269,23 @@ def _merge(
         raise ConfigError(f"--dtype {dtype!r} is not valid; the valid ones are {', '.join(DTYPES)}.")
     transformers.logging.set_verbosity_error()
     found = find_source(source)
-    if output is None and not (source / "recipe.yaml").is_file():
+    is_run = (source / "recipe.yaml").is_file()
+    if output is None and not is_run:
         raise ConfigError(f"{source} is no run, whose merged/ would be the place; give --output.")
-    target = output or source / "merged"
+    target = (output or source / "merged").resolve()
+    if output is None and found.recipe is not None:
+        keep_private(group_readable=found.recipe.run.group_readable)
     start = time.monotonic()
-    is_new = merge_from_disk(
-        found,
-        target,
-        base=base,
-        trust_remote_code=trust_remote_code,
-        dtype_name=dtype,
-        max_shard_size_bytes=max_shard_size_bytes,
-        overwrite=overwrite,
-    )
+    with runs.open_run(source) if output is None else nullcontext():
+        is_new = merge_from_disk(
+            found,
+            target,
+            base=base,
+            trust_remote_code=trust_remote_code,
+            dtype_name=dtype,
+            max_shard_size_bytes=max_shard_size_bytes,
+            overwrite=overwrite,
+        )
     if not is_new:
         print(f"{target}: already merged, and whole.")
         return

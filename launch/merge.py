@@ -428,7 +428,13 @@ def write_merged(
         write_json(directory / "merge_report.json", report)
         return identities
 
-    publish(target, write_files, {})
+    try:
+        publish(target, write_files, {})
+    except OSError as error:
+        raise MergeError(
+            f"{target} could not be written: {error.strerror or error}; nothing was kept, and the same command begins "
+            "it again."
+        ) from error
 
 
 def _write_shards(

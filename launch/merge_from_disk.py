@@ -4,7 +4,9 @@ The model is built without weights and given its adapter, so that the plan is th
 from a file. The base is read where it is and never written.
 """
 
+import glob
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +33,7 @@ from launch.model import (
     serving_generation_config,
 )
 from launch.recipe import ModelBlock, Recipe
+from launch.runs import SAVING
 from launch.shards import Stored, read_model, read_safetensors
 from launch.vocabulary import add_rows, own_rows, row_names, rows_with_mean
 
@@ -128,6 +131,8 @@ def merge_from_disk(
     parts, ties = merging.plan_merge(model)
     parts, on_disk = _on_disk(parts, stored, trained, skeleton.base_model_prefix, by_token, own_names)
     dtype = DTYPES[source.precision or "fp32"]  # that the base had while rows were added to it
+    for path in target.parent.glob(f"{SAVING}{glob.escape(target.name)}-*"):  # of a merge that was killed
+        shutil.rmtree(path, ignore_errors=True)
     merging.write_merged(
         target,
         parts,

@@ -1,7 +1,11 @@
 """`python -m launch merge`: the bytes that PEFT's own merge in fp32 gives, and one sentence for what does not fit."""
 
 import json
+import os
+import resource
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import build_tokenizer
+from conftest import World, build_tokenizer, launch, run_ranks
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_cli import python_m_launch
 from transformers import AutoModelForCausalLM
 
+from launch.checkpoint import path_of_step
 from launch.errors import MergeError
 from launch.merge_from_disk import find_source, merge_from_disk
 
@@ -262,3 +268,94 @@ def test_another_merge_is_not_written_over_unasked(tmp_path: Path) -> None:
         tensor.dtype == torch.bfloat16
         for tensor in load_file(next((tmp_path / "merged").glob("*.safetensors"))).values()
     )
+
+
+# ---- what ends a merge in the middle: the fault matrix, row 16 ----
+
+
+def interrupted_at(number: int, directory: Path) -> int:
+    """`merge`; the process kills itself before the `number`th file or directory that it makes, renames or removes."""
+    seen = 0
+
+    def hook(event: str, details: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in ("open", "os.mkdir", "os.rename", "shutil.rmtree") or "merged" not in str(details[0]):
+            return
+        if event == "open" and not (isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)):
+            return  # for reading
+        seen += 1
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    merge(directory)
+    return seen
+
+
+def model_files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.mark.slow
+def test_killed_at_any_file_a_merge_is_whole_or_not_there_and_runs_again(tmp_path: Path) -> None:
+    make(tmp_path, *CASES["lora"])
+    (num_moments,) = run_ranks(1, interrupted_at, 0, tmp_path)
+    expected = model_files(tmp_path / "merged")
+    assert num_moments >= len(expected) > 8
+    for number in range(1, num_moments + 1):
+        shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+        with pytest.raises(AssertionError, match="exit code -9"):
+            run_ranks(1, interrupted_at, number, tmp_path)
+        assert not (tmp_path / "merged").exists() or model_files(tmp_path / "merged") == expected
+        merge(tmp_path)
+        assert model_files(tmp_path / "merged") == expected
+        assert not list(tmp_path.glob(".*")), "nothing is left over"
+
+
+def with_small_files(directory: Path) -> str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+    with pytest.raises(MergeError) as refused:
+        merge(directory)
+    return str(refused.value)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    make(tmp_path, *CASES["lora"])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    (said,) = run_ranks(1, with_small_files, tmp_path)
+    assert "merged could not be written: File too large; nothing was kept, and the same command begins it again" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_base_that_is_links_into_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    """As a snapshot of the hub is; it is read where it is."""
+    make(tmp_path / "cache", *CASES["lora"])
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "cache").iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(path)
+    change_config(tmp_path / "cache", base_model_name_or_path=str(tmp_path / "snapshot"))
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    merge_from_disk(find_source(tmp_path / "cache" / "adapter"), tmp_path / "merged", max_shard_size_bytes=20_000)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == times
+
+
+@pytest.mark.slow
+def test_the_command(world: World) -> None:
+    launch(world.recipe("command", train={"max_steps": 2}, run={"merge": True}), 1)
+    run = world.run_directory("command")
+    code, out, _ = python_m_launch("merge", run)
+    assert (code, out) == (0, f"{run / 'merged'}: already merged, and whole.\n")
+    before = model_files(run / "merged")["model.safetensors"]
+    shutil.rmtree(run / "merged")
+    code, out, _ = python_m_launch("merge", run)
+    assert code == 0 and "Serve it, for instance with: vllm serve" in out
+    assert model_files(run / "merged")["model.safetensors"] == before
+    checkpoint = path_of_step(run, 2)
+    code, _, error = python_m_launch("merge", checkpoint)
+    assert code == 2 and error == f"Refused: {checkpoint} is no run, whose merged/ would be the place; give --output.\n"
+    code, out, _ = python_m_launch("merge", checkpoint, "--output", run / "again", "--dtype", "bfloat16")
+    assert code == 0 and load_file(run / "again" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+    code, _, error = python_m_launch("merge", run, "--max-shard-size", "many")
+    assert code == 2 and "--max-shard-size 'many' is no size; write 4GB or 500MB" in error
+    code, _, error = python_m_launch("merge", world.base, "--output", run / "no")
+    assert code == 2 and "has no adapter_config.json; give a run, one of its checkpoints, or a directory that" in error
