@@ -1,8 +1,9 @@
 """What answers: a whole model, or base and adapter, on the device, and its tokens for a prompt, one by one."""
 
+import functools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -28,7 +29,7 @@ from launch.model import (
     resolve_base,
     serving_generation_config,
 )
-from launch.recipe import TINY_MODEL_NAME, ModelBlock
+from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
 from launch.shards import read_safetensors
 from launch.templates import ChatTemplate
@@ -169,24 +170,29 @@ def load_speaker(
     One without a chat template is asked with that of `like`. Raises ModelError (MergeError for an adapter that is not
     whole) for anything else, and TemplateError when there is no chat template.
     """
-    path, _ = fetch(key, name, BASE_FILES, None, ModelError)
+    path, commit = fetch(key, name, BASE_FILES, None, ModelError)
+    if commit is not None and trust_remote_code:
+        raise ModelError(
+            f"--trust-remote-code is for code that you have read; download {name} and give its directory ({key})."
+        )
     engines.quiet_libraries()
     precision, _ = engines.choose_precision("auto")
     recipe = load_recipe(path / "recipe.yaml") if (path / "recipe.yaml").is_file() else None
     if recipe is not None:
         _check_run(path, recipe.model)
     whole = path if recipe is None else path / "merged"
+    load: Callable[[], Answering]
     if (whole / "config.json").is_file() and not (whole / CONFIG_FILE).is_file():
         if base is not None:
             raise ModelError(f"--base is the base of an adapter, and {whole} is a whole model; leave it out.")
-        settings = _settings(str(whole), trust_remote_code) if recipe is None else recipe.model
+        settings = _settings(recipe, str(whole), trust_remote_code)
         check_remote_code(settings, whole, None, consent=_CONSENT)
         tokenizer, ends = load_tokenizer(str(whole), settings), list[str]()
         kind = "merged model" if (whole / "merge_report.json").is_file() else "whole model"
-        model = load_whole(whole, settings, precision)
+        load = functools.partial(load_whole, whole, settings, precision)
     elif recipe is not None or (path / CONFIG_FILE).is_file():
         source = find_source(path)
-        model, tokenizer, settings = _base_and_adapter(source, base, trust_remote_code, precision)
+        tokenizer, settings, load = _base_and_adapter(source, base, trust_remote_code, precision)
         ends = list(source.stop_tokens or filter(None, [tokenizer.eos_token]))
         kind = f"base and {source.adapter.name}"
     else:
@@ -194,7 +200,7 @@ def load_speaker(
             f"{key} = {name} holds no model (no config.json, {CONFIG_FILE} or recipe.yaml); give a merged directory, a "
             "run, one of its checkpoints, or a directory that PEFT wrote."
         )
-    try:
+    try:  # before the weights, which may take long
         template = choose_template("tokenizer", tokenizer)
     except TemplateError:
         if like is None:
@@ -203,6 +209,7 @@ def load_speaker(
                 "that it was trained with, such as one of templates/chat, to chat_template.jinja beside its tokenizer."
             ) from None
         template, kind = like.template, f"{kind} with the template of {like.name}"
+    model = load()
     end_ids = [int(tokenizer.convert_tokens_to_ids(end)) for end in ends]
     stops = stop_token_ids(model, end_ids) or [i for i in (tokenizer.eos_token_id,) if i is not None]
     kind = f"{kind}, {precision} on {device().type}"
@@ -221,23 +228,26 @@ def _check_run(run: Path, model: ModelBlock) -> None:
         raise ModelError(f"The run in {run} has saved no adapter yet (it is {state}); run train.py until it has.")
 
 
-def _settings(name: str, trust_remote_code: bool) -> ModelBlock:
-    """Of a model that no recipe describes; published code rarely has another attention than eager."""
+def _settings(recipe: Recipe | None, name: str, trust_remote_code: bool) -> ModelBlock:
+    """The recipe's. Of a model that none describes: published code rarely has another attention than eager."""
+    if recipe is not None:
+        return recipe.model.model_copy(
+            update={"trust_remote_code": trust_remote_code or recipe.model.trust_remote_code}
+        )
     attention: Literal["eager", "sdpa"] = "eager" if trust_remote_code else "sdpa"
     return ModelBlock(name_or_path=name, trust_remote_code=trust_remote_code, attn_implementation=attention)
 
 
 def _base_and_adapter(
     source: Source, base: str | None, trust_remote_code: bool, precision: str
-) -> tuple[Answering, PreTrainedTokenizerBase, ModelBlock]:
+) -> tuple[PreTrainedTokenizerBase, ModelBlock, Callable[[], Answering]]:
     config = json.loads((source.adapter / CONFIG_FILE).read_text(encoding="utf-8"))
     name = base or str(config.get("base_model_name_or_path"))
-    if source.recipe is None:
-        settings = _settings(name, trust_remote_code)
-    elif base is None:
-        settings, name = source.recipe.model, resolve_base(source.recipe)
-    else:
-        settings = source.recipe.model.model_copy(update={"name_or_path": base, "revision": None})
+    settings = _settings(source.recipe, name, trust_remote_code)
+    if base is not None:
+        settings = settings.model_copy(update={"name_or_path": base, "revision": None})
+    elif source.recipe is not None:
+        name = resolve_base(source.recipe)
     if settings.name_or_path != TINY_MODEL_NAME:
         key = "--base" if base else f"The base of {source.adapter} (--base is another)"
         directory, commit = fetch(key, name, ("config.json", "tokenizer_config.json"), settings.revision, ModelError)
@@ -247,5 +257,7 @@ def _base_and_adapter(
     has_its_own = (source.adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(str(source.adapter) if has_its_own else name, settings)
     is_of_a_run = source.recipe is not None
-    model = load_adapted(name, source.adapter, tokenizer, settings, precision, is_of_a_run=is_of_a_run)
-    return model, tokenizer, settings
+    load = functools.partial(
+        load_adapted, name, source.adapter, tokenizer, settings, precision, is_of_a_run=is_of_a_run
+    )
+    return tokenizer, settings, load

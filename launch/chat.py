@@ -89,7 +89,7 @@ def chat(
         speakers.append(other)
     if files is not None:
         num_new, num_cut = answer_file(speakers, questions, known, *files, asking)
-        print(f"{files[1]}: {num_new} answers added to {len(known)}; {num_cut} of them cut by --max-new-tokens.")
+        print(f"{files[1]}: {num_new} answers added to {len(known)}; {num_cut} of them cut (is_cut).")
     elif prompt is not None:
         answer_once(speakers, prompt, asking)
     else:

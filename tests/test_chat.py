@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, World, build_base, launch, run_ranks
+from conftest import ROOT, World, build_base, build_remote_base, launch, run_ranks
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_cli import python_m_launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +31,7 @@ from launch.chat import (
     read_questions,
     reply,
 )
-from launch.errors import DataError, LaunchError
+from launch.errors import DataError, LaunchError, ModelError
 from launch.templates import load_chat_template, render_generation_prompt
 
 TEXTS = ["a cairn of three old grey stones shows the way back 石头 路标 回来"] * 3
@@ -165,16 +166,19 @@ def test_a_conversation_has_a_history(merged: Speaker, capsys: pytest.CaptureFix
 def test_an_interrupted_answer_is_kept_as_far_as_it_came(
     merged: Speaker, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = reply(merged, [{"role": "user", "content": "one"}], LONG, 0, silent).text
-    said: list[str] = []
+    first, second = ({"role": "user", "content": text} for text in ("one", "back"))
+    whole = reply(merged, [first], LONG, 0, silent).text
+    written: list[str] = []
+    at_stop: list[int] = []
 
     class Terminal:
-        """Where the user presses Ctrl-C at the second piece of the first answer."""
+        """Where the user presses Ctrl-C before the third piece of the first answer."""
 
         def write(self, text: str) -> int:
-            said.append(text)
-            if len(said) == 3:
+            if text and sum(map(bool, written)) == 2 and not at_stop:
+                at_stop.append(len("".join(written)))
                 raise KeyboardInterrupt
+            written.append(text)
             return len(text)
 
         def flush(self) -> None:
@@ -184,9 +188,11 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Terminal())
         converse([merged], LONG, lambda: next(typed))
-    text = "".join(said)
     assert "Stopped; what was said so far is remembered." in capsys.readouterr().err
-    assert text.count("\n") >= 3 and whole not in text
+    kept = whole[: at_stop[0]]
+    follow_up = reply(merged, [first, {"role": "assistant", "content": kept}, second], LONG, 0, silent).text
+    assert kept not in ("", whole)
+    assert "".join(written) == printable(f"{kept}\n{follow_up}\n\n")
 
 
 def test_a_prompt_is_answered_on_standard_output_alone(place: Path, merged: Speaker) -> None:
@@ -305,6 +311,9 @@ def test_sources_that_cannot_answer_are_refused(place: Path, tmp_path: Path) -> 
     (hollow / "adapter_model.safetensors").unlink()
     wrong = shutil.copytree(place / "adapter", tmp_path / "wrong")
     (wrong / "adapter_config.json").write_text(json.dumps(config | {"r": 4}), encoding="utf-8")
+    holes = shutil.copytree(place / "adapter", tmp_path / "holes")
+    tensors = load_file(holes / "adapter_model.safetensors")
+    save_file(dict(list(tensors.items())[1:]), holes / "adapter_model.safetensors")
     for source, options, sentence in (
         (tmp_path / "nowhere", {}, "SOURCE = .*nowhere does not exist; give a directory or a hub id"),
         (empty, {}, r"SOURCE = .*empty holds no model \(no config.json, adapter_config.json or recipe.yaml\); give a"),
@@ -312,6 +321,7 @@ def test_sources_that_cannot_answer_are_refused(place: Path, tmp_path: Path) -> 
         (place / "merged", {"base": "b"}, "--base is the base of an adapter, and .*merged is a whole model"),
         (moved, {}, r"The base of .*moved \(--base is another\) = .*gone does not exist"),
         (hollow, {}, "hollow has no adapter_model.safetensors; give a run"),
+        (holes, {}, "The adapter .*holes does not fit .*base: Found missing adapter keys"),
         (wrong, {"base": str(place / "base")}, "The adapter .*wrong does not fit .*base: .*; is this the base"),
     ):
         with pytest.raises(LaunchError, match=sentence) as refusal:
@@ -375,6 +385,17 @@ def test_a_soft_prompt_answers(place: Path, merged: Speaker, tmp_path: Path) -> 
     model.save_pretrained(str(tmp_path / "soft"))
     merged.tokenizer.save_pretrained(tmp_path / "soft")
     speaker = load_speaker(str(tmp_path / "soft"), key="SOURCE")
+    assert reply(speaker, QUESTION, LONG, 0, silent).num_tokens
+
+
+@pytest.mark.slow
+def test_code_of_its_own_runs_with_permission_only(tmp_path: Path) -> None:
+    source = build_remote_base(tmp_path / "own", ["石 头 路 标 回 来 cairn stone way back path hill " * 9] * 40)
+    template = load_chat_template("bluelm").source
+    (source / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"asks for code of its own .*; read it, and give --trust-remote-code to let"):
+        load_speaker(str(source), key="SOURCE")
+    speaker = load_speaker(str(source), key="SOURCE", trust_remote_code=True)
     assert reply(speaker, QUESTION, LONG, 0, silent).num_tokens
 
 
