@@ -1,4 +1,4 @@
-"""python -m launch check | data | preview | generate | selftest: what a recipe will do, has learned, and survives."""
+"""python -m launch check | data | preview | generate | merge | chat | selftest: before, after and beside a run."""
 
 import functools
 import re
@@ -83,6 +83,43 @@ def merge(
 
     def work() -> None:
         _merge(source, output, base, dtype, max_shard_size, overwrite, trust_remote_code)
+
+    _refuse_in_one_sentence(work)
+
+
+@app.command()
+def chat(
+    source: Annotated[str, typer.Argument(help="A merged model, a run, its checkpoint, or what PEFT wrote.")],
+    prompt: Annotated[str | None, typer.Option(help="Ask this only; else converse, or read standard input.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Ask this one too: the base, or another SOURCE.")] = None,
+    file: Annotated[Path | None, typer.Option(help='Ask each line: {"prompt": ...} or {"messages": [...]}.')] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the answers to --file are appended.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Above 0: sample.", show_default="0, greedy")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Sample the same again.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base, if it is not where the adapter says.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own code.")] = False,
+) -> None:
+    """Ask what was trained or merged, with the chat template and the end tokens that it was trained with."""
+
+    def work() -> None:
+        if temperature == 0 and (top_p, top_k, seed) != (None, None, None):
+            raise ConfigError("--top-p, --top-k and --seed are for sampling; give --temperature above 0 as well.")
+        if top_p == 0:
+            raise ConfigError("--top-p 0 leaves no token to choose; give it above 0, or no --temperature.")
+        if (file is None) != (output is None) or (file is not None and prompt is not None):
+            raise ConfigError("--file and --output go together, and without --prompt.")
+        if compare == source:
+            raise ConfigError(f"--compare {compare} is the source itself; give its base, or another one.")
+        from launch.answering import Decoding
+        from launch.chat import Asking, chat
+
+        asking = Asking(Decoding(max_new_tokens, temperature, top_p, top_k), seed, system)
+        files = None if file is None or output is None else (file, output)
+        chat(source, compare, asking, prompt=prompt, files=files, base=base, trust_remote_code=trust_remote_code)
 
     _refuse_in_one_sentence(work)
 

@@ -57,6 +57,7 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers|peft")
     warnings.filterwarnings("ignore", message="torch.utils.checkpoint: the use_reentrant")  # of old remote code
+    warnings.filterwarnings("ignore", message="Position ids are not supported", module="peft")  # with soft prompts
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 

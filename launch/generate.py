@@ -5,29 +5,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-import torch
-from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from launch import engine as engines
 from launch import preflight, runs
+from launch.answering import Answering, Decoding, device, load_adapted, load_whole, new_tokens, stop_token_ids
 from launch.data import conversations
-from launch.errors import DataError, ModelError, PreflightError, first_line
+from launch.errors import DataError, PreflightError
 from launch.formats import BadRowError
 from launch.ledger import Work, render
-from launch.model import (
-    added_token_ids,
-    choose_template,
-    load_base,
-    load_tokenizer,
-    resolve_base,
-    serving_generation_config,
-)
+from launch.model import choose_template, load_tokenizer, resolve_base
 from launch.recipe import Recipe
 from launch.remote_code import check_remote_code
 from launch.templates import Rendered
 from launch.tokens import special_pattern, tokenise
-from launch.vocabulary import fit_vocabulary
 
 COLUMNS = 80
 _SHOWN_OF_PROMPT = 200  # characters
@@ -88,15 +79,13 @@ def answers(recipe: Recipe, num_rows: int, max_new_tokens: int) -> Iterator[Answ
         (tokens,) = tokenise([rendered], [is_last], tokenizer)
         ids, first = tokens.ids.tolist(), int(tokens.is_trained.argmax())
         end = tokens.answer_ends[-1]
-        try:
-            made = _generate(model, ids[:first], ids[end], max_new_tokens, use_cache=not recipe.model.trust_remote_code)
-        except Exception as error:
-            if not recipe.model.trust_remote_code:
-                raise
-            raise ModelError(
-                f"The base's own code failed in generate() with {type(error).__name__}: {first_line(error)}; what was "
-                "trained is not touched by that, and can be served with the versions that the code was written for."
-            ) from error
+        made = new_tokens(
+            model,
+            ids[:first],
+            stop_token_ids(model, [ids[end]]),
+            Decoding(max_new_tokens),
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
         is_cut = len(made) == max_new_tokens and made[-1] != ids[end]
         known = [token for token in made if token < len(tokenizer)]  # a head may have rows that are no tokens
         texts = (tokenizer.decode(part, skip_special_tokens=True) for part in (known, ids[first : end + 1]))
@@ -105,20 +94,17 @@ def answers(recipe: Recipe, num_rows: int, max_new_tokens: int) -> Iterator[Answ
         yield Answer(row_id, name, prompt, answer + "..." if is_cut else answer, reference)
 
 
-def _load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel | PeftModel, str]:
+def _load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Answering, str]:
     """(the model on its device, what it is)."""
     precision, _ = engines.choose_precision(recipe.train.precision)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     merged, adapter = recipe.run_directory / "merged", recipe.run_directory / "adapter"
     if merged.is_dir():
-        settings = recipe.model.model_copy(update={"load_in_4bit": False})
-        model, name = load_base(str(merged), settings, precision), "merged model"
+        model, name = load_whole(merged, recipe.model, precision), "merged model"
     else:
-        path = resolve_base(recipe)
-        base = load_base(path, recipe.model, precision)
-        fit_vocabulary(base, tokenizer, added_token_ids(tokenizer, path, recipe.model), recipe.model)
-        model, name = PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False), "base and adapter"
-    return model.to(device).eval(), f"{name}, {precision} on {device.type}"
+        base = resolve_base(recipe)
+        model = load_adapted(base, adapter, tokenizer, recipe.model, precision, is_of_a_run=True)
+        name = "base and adapter"
+    return model, f"{name}, {precision} on {device().type}"
 
 
 def _chosen(recipe: Recipe, work: Work, num_rows: int) -> list[tuple[str, Rendered]]:
@@ -141,24 +127,6 @@ def _rendered(recipe: Recipe, work: Work) -> Iterator[tuple[str, Rendered]]:
             yield row_id, render(conversation, work, row_id)
         except BadRowError:
             continue  # data_report.json and quarantine.jsonl of the run have it
-
-
-@torch.no_grad()
-def _generate(
-    model: PreTrainedModel | PeftModel, prompt: list[int], end_token: int, max_new_tokens: int, *, use_cache: bool
-) -> list[int]:
-    """The new token ids, the end token included.
-
-    Published remote code often knows a cache of tuples only, which transformers no longer makes.
-    """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    stops = serving_generation_config(base, [end_token]).eos_token_id
-    base.generation_config = GenerationConfig(  # the whole of it: generate() would add from the model's own
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stops, pad_token_id=end_token, use_cache=use_cache
-    )
-    ids = torch.tensor([prompt], device=base.device)
-    made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return [int(token) for token in made[0, len(prompt) :]]
 
 
 def _lines(name: str, text: str) -> Iterator[str]:

@@ -54,7 +54,7 @@ class Source:
 
 def find_source(path: Path) -> Source:
     """A run, one of its checkpoints, or a directory that PEFT wrote. Raises MergeError for anything else."""
-    run = path if (path / "recipe.yaml").is_file() else path.parent.parent
+    run = next((place for place in (path, path.parent) if (place / "recipe.yaml").is_file()), path.parent.parent)
     recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
     directory = path / "adapter" if path == run and (path / "adapter").is_dir() else path
     precision, stop_tokens = None, ()
@@ -120,7 +120,7 @@ def merge_from_disk(
     added = added_token_ids(tokenizer, str(directory), settings) if source.recipe else set()
     own = own_rows(skeleton, tokenizer, added) if added else []
     add_rows(skeleton, added)
-    _resize_as_saved(skeleton, trained)
+    resize_as_saved(skeleton, trained)
     skeleton.tie_weights()
     by_token = row_names(skeleton)
     own_names: dict[int, list[str]] = {}
@@ -273,8 +273,8 @@ def _on_disk(
     return renamed, found
 
 
-def _resize_as_saved(skeleton: PreTrainedModel, trained: Mapping[str, Stored]) -> None:
-    """Another tool may have trained with more rows; PEFT then saves the embeddings whole."""
+def resize_as_saved(skeleton: PreTrainedModel, trained: Mapping[str, Stored]) -> None:
+    """Give a base the rows that its adapter wants: another tool may have added some, and PEFT saves them all then."""
     saved = [_whole_embedding(name, trained) for name in sorted(row_names(skeleton))]
     rows = {tensor.shape[0] for tensor in saved if tensor is not None}
     if rows - {skeleton.config.get_text_config().vocab_size}:

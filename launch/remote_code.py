@@ -22,10 +22,12 @@ def loading_class(model_type: str, auto_map: Collection[str]) -> str:
     return next((name for name in choices if name in auto_map), "AutoModelForCausalLM")
 
 
-def check_remote_code(model: ModelBlock, directory: Path, commit: str | None) -> None:
+def check_remote_code(
+    model: ModelBlock, directory: Path, commit: str | None, *, consent: str = "set model.trust_remote_code: true"
+) -> None:
     """Raises ModelError when the base in `directory` needs code that may not run; warns once of code that will.
 
-    `commit` is the hub's, None for a directory of the user's own.
+    `commit` is the hub's, None for a directory of the user's own; `consent` is what the user does to let it run.
     """
     name = model.tokenizer_name_or_path
     config, tokenizer_config = (_read(directory / file) for file in ("config.json", "tokenizer_config.json"))
@@ -39,8 +41,8 @@ def check_remote_code(model: ModelBlock, directory: Path, commit: str | None) ->
             pin = f" with model.revision: {commit}" if commit else ""
             raise ModelError(
                 f"{needed[0]} of {name} asks for code of its own ({', '.join(asked[needed[0]])}), for which "
-                "transformers has no substitute and which would run with your rights; read it, and set "
-                f"model.trust_remote_code: true{pin} to let it."
+                "transformers has no substitute and which would run with your rights; read it, and "
+                f"{consent}{pin} to let it."
             )
         return
     references = [reference for listed in asked.values() for reference in listed]

@@ -9,7 +9,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar
 
@@ -125,7 +125,22 @@ def render_generation_prompt(
     template: ChatTemplate, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] = ()
 ) -> str:
     """What serving tools send so that the model answers `messages`."""
-    return _without_marks(_render(template, messages, tools, add_generation_prompt=True), ()).text
+    return render_question(template, messages, tools=tools).text
+
+
+def render_question(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    special: re.Pattern[str] | None = None,
+) -> Rendered:
+    """The same with what looks like a special token in a message reported as literal, and no answer to be trained."""
+    literals: list[str] = []
+    if special is not None and _may_match(special, messages, tools):
+        messages, tools = _protected(messages, special, literals), _protected(tools, special, literals)
+    rendered = _without_marks(_render(template, messages, tools, add_generation_prompt=True), literals)
+    return replace(rendered, answers=())
 
 
 def prove_mask(template: ChatTemplate) -> None:

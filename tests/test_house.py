@@ -31,7 +31,9 @@ LAYERS = (
     "launch.factory",
     "launch.model",
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
-    "launch.generate launch.saving launch.start launch.merge_from_disk",
+    "launch.saving launch.start launch.merge_from_disk",
+    "launch.answering",
+    "launch.generate launch.chat",
     "train launch.__main__",
 )
 NUM_LIGHT_LAYERS = 10  # these start fast on a login node
