@@ -174,7 +174,7 @@ class Loop:
         if not path.exists():
             return 0
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 400))
+            file.seek(max(0, path.stat().st_size - 4000))
             lines = file.read().split(b"\n")[:-1]
         return int(lines[-1].split(b'"step": ')[1].split(b",")[0]) if lines else 0
 
