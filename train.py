@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from launch.recipe import Recipe
 from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
 from launch.samples import Samples
 from launch.saving import Saves, check_room
-from launch.start import adapted_base, prepare_run
+from launch.start import adapted_base, prepare_run, with_revision
 from launch.trackers import end_trackers, start_trackers
 from launch.vocabulary import load_unquantised
 from launch.watchdog import Watchdog
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run a recipe; a refusal is one sentence from rank zero, and status.json always says what happened."""
     stopwatch = Stopwatch()
     stopwatch.end("imports")
+    keep_private(group_readable=False)  # a recipe that does not load leaves a status, too
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save: end quietly
     is_rank_zero = os.environ.get("RANK", "0") == "0"
     directory = intended_run_directory(arguments)
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         with runs.open_run(directory) if is_rank_zero else nullcontext():
             if is_rank_zero:
                 newest = checkpoints.newest_step(directory)
-                runs.begin(directory, newest)
+                runs.begin(directory, newest, dump_recipe(recipe))
                 kept = f"step {newest} is saved" if newest else "there was nothing to save yet"
                 word = f"asked to stop before the first step; {kept}"
                 preemption.end_when_asked(lambda: runs.leave(directory, "preempted", word))
@@ -77,8 +79,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     except LaunchError as error:
         if not is_rank_zero:
+            preemption.forget_signals()
             time.sleep(30)  # rank zero speaks, and the launcher then ends this rank; if not, it is this rank's own
-            print(f"Refused on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+            print(f"Rank {os.environ['RANK']} ended: {error}", file=sys.stderr, flush=True)
             return 1
         status = runs.read_status(directory)  # maybe another job's, or one that was killed
         is_mine = not isinstance(error, RunInUseError)  # the status is that of another, who may have finished since
@@ -107,6 +110,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
     prepare_all = functools.partial(prepare_run, recipe, precision, stopwatch)
     found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_all())))
+    recipe = with_revision(recipe, found["revision"])
     tokenizer, template = tokenizer_and_template(recipe, found["base"])
     tokenizer.chat_template = template.for_serving
     samples, held_out = (Samples.load(Path(found["store"]), split) for split in ("train", "evaluation"))
@@ -147,14 +151,17 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     evaluations: list[dict[str, Any]] = found["evaluations"]
-    is_done = optimizer_steps(job, checkpoint, evaluations, stopwatch)
+    with ThreadPoolExecutor(1, "checkpoint") as writer:  # what is being written is ended while the directory is ours
+        is_done = optimizer_steps(job, writer, checkpoint, evaluations, stopwatch)
     watchdog.close()
     if not is_done:
         end_trackers(accelerator)
         return
 
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
-    if accelerator.is_main_process:
+    if not accelerator.is_main_process:
+        preemption.forget_signals()  # all is saved: what is left can be done again
+    else:
         word = "asked to stop while merging; every step is saved"
         preemption.end_when_asked(lambda: runs.leave(recipe.run_directory, "preempted", word))
     chosen = use_chosen_step(job, evaluations)
@@ -181,12 +188,16 @@ def watch(recipe: Recipe) -> Watchdog:
     return Watchdog(
         recipe.run.hang_seconds,
         recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
-        lambda reason: runs.write_failure(recipe.run_directory, reason),
+        lambda reason: runs.leave_failed(recipe.run_directory, reason),
     )
 
 
 def optimizer_steps(
-    job: Job, checkpoint: Resumable | None, evaluations: list[dict[str, Any]], stopwatch: Stopwatch
+    job: Job,
+    writer: ThreadPoolExecutor,
+    checkpoint: Resumable | None,
+    evaluations: list[dict[str, Any]],
+    stopwatch: Stopwatch,
 ) -> bool:
     """Every step that is left. False when the run was asked to stop; all is saved either way.
 
@@ -208,7 +219,7 @@ def optimizer_steps(
     )
 
     facts = {"identity": job.identity, "versions": versions()}
-    saves = Saves(job, log, facts=facts, first_step=first_step)
+    saves = Saves(job, log, writer, facts=facts, first_step=first_step)
     held_out_batches = job.micro_batches(job.held_out, range(len(job.held_out)))
 
     def save(done: int) -> None:
@@ -223,6 +234,7 @@ def optimizer_steps(
             return True
         found = evaluate(job, held_out_batches)
         if found is None:
+            log.left_evaluation(done)
             return False
         counts, seconds = found
         log.evaluation(done, counts, seconds)
@@ -240,7 +252,7 @@ def optimizer_steps(
     def leave_word() -> None:
         if job.accelerator.is_main_process:
             word = "interrupted twice, so it ended at once; what was saved before stands"
-            runs.write_status(recipe.run_directory, "preempted", word)
+            runs.leave(recipe.run_directory, "preempted", word)
 
     def stopped_after(done: int) -> bool:
         save(done)
@@ -285,7 +297,7 @@ def optimizer_steps(
         is_last = done == job.total_steps
         stop, save_is_due, is_tight = (sums[4:] > 0).tolist()
         seconds = time.monotonic() - since
-        job.deadline.stepped(seconds)
+        job.deadline.steps.add(seconds)
         skipped_steps += skipped
         log.step(
             done,
@@ -316,7 +328,6 @@ def optimizer_steps(
             return stopped_after(done)
     saves.finish()
     log.close()
-    preemption.forget_signals()  # all is saved: what is left can be done again
     return True
 
 

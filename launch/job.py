@@ -77,7 +77,7 @@ class Job:
 
 def gives_up_step(job: Job, *, share_left: float) -> bool:
     """Whether a rank was asked to stop and rank zero has no time for the rest of the step; a collective."""
-    has_no_time = dist.get_rank() == 0 and job.deadline.drops(share_left, preemption.seconds_since_request())
+    has_no_time = dist.get_rank() == 0 and job.deadline.drops_step(share_left, preemption.seconds_since_request())
     both = torch.tensor([preemption.stop_requested(), has_no_time], dtype=torch.float64, device=job.accelerator.device)
     dist.all_reduce(both)
     return bool((both > 0).all())
@@ -102,5 +102,5 @@ def evaluate(job: Job, micro_batches: Sequence[batching.MicroBatch]) -> tuple[To
     dist.all_reduce(sums)
     job.engine.train()
     counts, seconds = counts_from_sums(sums), time.monotonic() - start
-    job.deadline.evaluated(seconds)
+    job.deadline.evaluations.add(seconds)
     return counts, seconds

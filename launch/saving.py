@@ -63,7 +63,9 @@ class Saves:
     `max_failed_saves` in a row have failed.
     """
 
-    def __init__(self, job: Job, log: RunLog, *, facts: Mapping[str, Any], first_step: int) -> None:
+    def __init__(
+        self, job: Job, log: RunLog, writer: ThreadPoolExecutor, *, facts: Mapping[str, Any], first_step: int
+    ) -> None:
         self.job = job
         self.log = log
         self.facts = facts
@@ -75,13 +77,14 @@ class Saves:
         self._stall_seconds = 0.0
         self._interval_seconds = self.settings.save_seconds or LONGEST_INTERVAL_SECONDS
         self._since = time.monotonic()
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writer = writer
         self._writing: Future[Written] | None = None
         self._write_last: Callable[[], None] | None = None
 
     def is_due_by_the_clock(self) -> bool:
         """Rank zero's clock, which the others hear of in the step's reduction."""
-        return dist.get_rank() == 0 and time.monotonic() - self._since >= self._interval_seconds
+        is_writing = self._writing is not None and not self._writing.done()  # the next one would wait for it
+        return dist.get_rank() == 0 and not is_writing and time.monotonic() - self._since >= self._interval_seconds
 
     def save(
         self,
@@ -112,7 +115,7 @@ class Saves:
                 checkpoints.write_snapshot(self.recipe.run_directory, snapshot, keep=keep, best=best)
 
             self._write_last = write
-            self._writing = self._thread.submit(_timed, done, write)
+            self._writing = self._writer.submit(_timed, done, write)
         self.log.saving(done, self._stall_seconds)
         self._since = time.monotonic()
 
@@ -120,7 +123,7 @@ class Saves:
         """Wait until the last save is on disk; a collective. Raises CheckpointError when it is not."""
         self._settle()
         if self.good_step != self.saved_step and self._write_last is not None:  # once more: room may have been made
-            self._writing = self._thread.submit(_timed, self.saved_step, self._write_last)
+            self._writing = self._writer.submit(_timed, self.saved_step, self._write_last)
             self._settle()
         if dist.get_rank() == 0 and self.good_step != self.saved_step:
             raise CheckpointError(
@@ -130,7 +133,9 @@ class Saves:
         dist.barrier()
 
     def last_good(self) -> str:
-        """What a sentence about an end adds, on rank zero."""
+        """What a sentence about an end adds; only rank zero knows."""
+        if dist.get_rank() != 0:
+            return ""
         return f"; the last good checkpoint is that of step {self.good_step}" if self.good_step else "; there is none"
 
     def _settle(self) -> None:
@@ -139,8 +144,8 @@ class Saves:
             return
         written, self._writing = self._writing.result(), None
         self.log.written(written.step, written.seconds, written.fault)
-        self.job.deadline.saved(self._stall_seconds + written.seconds)
         if not written.fault:
+            self.job.deadline.saves.add(self._stall_seconds + written.seconds)
             self.good_step, self._failed_in_a_row, self._write_last = written.step, 0, None
             if self.settings.save_seconds is None:
                 self._interval_seconds = interval_seconds(written.seconds)
