@@ -166,21 +166,29 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
         preemption.end_when_asked(lambda: runs.leave(recipe.run_directory, "preempted", word))
     chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
-        unquantised = functools.partial(load_unquantised, found["base"], recipe.model, tokenizer, added)
-        merging.merge(
-            model,
-            tokenizer,
-            serving_generation_config(base, found["end_token_ids"]),
-            recipe.run_directory / "merged",
-            dtype_name=dtype_name,
-            max_shard_size_bytes=recipe.run.max_shard_size_bytes,
-            facts={"step": chosen, "base": found["base"]},
-            load_unquantised=unquantised if recipe.model.load_in_4bit else None,
-        )
+        merge_chosen(job, found, base, added, dtype_name, chosen)
     end_trackers(accelerator)
     if accelerator.is_main_process:
         runs.write_status(recipe.run_directory, "finished", "every step is done", step=job.total_steps)
         print(closing_lines(recipe), flush=True)
+
+
+def merge_chosen(
+    job: Job, found: Mapping[str, Any], base: torch.nn.Module, added: set[int], dtype_name: str, chosen: int
+) -> None:
+    """The weights of the chosen step, which the engine has, into the run's merged/; a collective."""
+    recipe = job.recipe
+    unquantised = functools.partial(load_unquantised, found["base"], recipe.model, job.tokenizer, added)
+    merging.merge(
+        job.model,
+        job.tokenizer,
+        serving_generation_config(base, found["end_token_ids"]),
+        recipe.run_directory / "merged",
+        dtype_name=dtype_name,
+        max_shard_size_bytes=recipe.run.max_shard_size_bytes,
+        facts={"step": chosen, "base": found["base"]},
+        load_unquantised=unquantised if recipe.model.load_in_4bit else None,
+    )
 
 
 def watch(recipe: Recipe) -> Watchdog:
@@ -219,35 +227,7 @@ def optimizer_steps(
     )
 
     facts = {"identity": job.identity, "versions": versions()}
-    saves = Saves(job, log, writer, facts=facts, first_step=first_step)
-    held_out_batches = job.micro_batches(job.held_out, range(len(job.held_out)))
-
-    def save(done: int) -> None:
-        known = list(evaluations) if settings.load_best_model_at_end else []
-        best = functools.partial(checkpoints.best_on_disk, recipe.run_directory, known, settings.metric_for_best_model)
-        saves.save(done, skipped_steps=skipped_steps, evaluations=evaluations, best=best)
-
-    def evaluate_if_due(done: int) -> bool:
-        """False when the run was asked to stop in the meantime; the next start makes up for it."""
-        is_due = done in (0, job.total_steps) or (settings.eval_steps and done % settings.eval_steps == 0)
-        if not is_due or done <= max((record["step"] for record in evaluations), default=-1):
-            return True
-        found = evaluate(job, held_out_batches)
-        if found is None:
-            log.left_evaluation(done)
-            return False
-        counts, seconds = found
-        log.evaluation(done, counts, seconds)
-        if done == 0 and counts.num_tokens and not math.isfinite(counts.loss):
-            raise TrainingError(
-                f"The held-out loss is {counts.loss} before anything is trained: the weights of the base are wrong, or "
-                f"too large for {job.identity['precision']}; try train.precision=fp32."
-            )
-        metrics = {"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy}
-        evaluations.append(runs.finite(metrics))
-        if settings.load_best_model_at_end and runs.best_step(evaluations, settings.metric_for_best_model) == done:
-            save(done)
-        return True
+    saves = Saves(job, log, writer, evaluations, facts=facts, first_step=first_step)
 
     def leave_word() -> None:
         if job.accelerator.is_main_process:
@@ -255,7 +235,7 @@ def optimizer_steps(
             runs.leave(recipe.run_directory, "preempted", word)
 
     def stopped_after(done: int) -> bool:
-        save(done)
+        saves.save(done, skipped_steps=skipped_steps)
         saves.finish()
         log.close()
         if job.accelerator.is_main_process:
@@ -267,7 +247,7 @@ def optimizer_steps(
 
     polls = False  # within a step: only where a step and a save may not fit into the time that a stop is given
     preemption.remember_signals(leave_word)
-    if not evaluate_if_due(first_step):  # 0, or what a stop left out
+    if not evaluate_if_due(job, log, saves, first_step, skipped_steps):  # 0, or what a stop left out
         return stopped_after(first_step)
     stopwatch.end("evaluation")
     for step in range(first_step, job.total_steps):
@@ -323,11 +303,38 @@ def optimizer_steps(
         if stop:
             return stopped_after(done)
         if is_last or save_is_due or done % settings.save_steps == 0:
-            save(done)
-        if not evaluate_if_due(done):
+            saves.save(done, skipped_steps=skipped_steps)
+        if not evaluate_if_due(job, log, saves, done, skipped_steps):
             return stopped_after(done)
     saves.finish()
     log.close()
+    return True
+
+
+def evaluate_if_due(job: Job, log: RunLog, saves: Saves, done: int, skipped_steps: int) -> bool:
+    """False when the run was asked to stop in the meantime; the next start makes up for it.
+
+    The step with the best metric so far is saved, if the recipe wants it.
+    """
+    settings, evaluations = job.recipe.train, saves.evaluations
+    is_due = done in (0, job.total_steps) or (settings.eval_steps and done % settings.eval_steps == 0)
+    if not is_due or done <= max((record["step"] for record in evaluations), default=-1):
+        return True
+    found = evaluate(job)
+    if found is None:
+        log.left_evaluation(done)
+        return False
+    counts, seconds = found
+    log.evaluation(done, counts, seconds)
+    if done == 0 and counts.num_tokens and not math.isfinite(counts.loss):
+        raise TrainingError(
+            f"The held-out loss is {counts.loss} before anything is trained: the weights of the base are wrong, or "
+            f"too large for {job.identity['precision']}; try train.precision=fp32."
+        )
+    metrics = {"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy}
+    evaluations.append(runs.finite(metrics))
+    if settings.load_best_model_at_end and runs.best_step(evaluations, settings.metric_for_best_model) == done:
+        saves.save(done, skipped_steps=skipped_steps)
     return True
 
 

@@ -84,7 +84,7 @@ def gives_up_step(job: Job, *, share_left: float) -> bool:
 
 
 @torch.no_grad()
-def evaluate(job: Job, micro_batches: Sequence[batching.MicroBatch]) -> tuple[TokenCounts, float] | None:
+def evaluate(job: Job) -> tuple[TokenCounts, float] | None:
     """(counts over the held-out samples, seconds); the counts are the same for any ranks and any packing.
 
     None when a rank was asked to stop, or there is no time for it before the job's end.
@@ -92,7 +92,7 @@ def evaluate(job: Job, micro_batches: Sequence[batching.MicroBatch]) -> tuple[To
     start = time.monotonic()
     job.engine.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=job.accelerator.device)
-    for index, micro_batch in enumerate(micro_batches):
+    for index, micro_batch in enumerate(job.micro_batches(job.held_out, range(len(job.held_out)))):
         asked = torch.tensor(float(job.wants_to_stop(evaluation=index == 0)), device=job.accelerator.device)
         dist.all_reduce(asked)  # ranks agree before each micro-batch, of which all have as many
         if asked > 0:

@@ -1,9 +1,10 @@
 """When a checkpoint is saved, and how: gathered by all ranks, written by rank zero beside the next steps."""
 
+import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,18 @@ class Saves:
     """
 
     def __init__(
-        self, job: Job, log: RunLog, writer: ThreadPoolExecutor, *, facts: Mapping[str, Any], first_step: int
+        self,
+        job: Job,
+        log: RunLog,
+        writer: ThreadPoolExecutor,
+        evaluations: list[dict[str, Any]],
+        *,
+        facts: Mapping[str, Any],
+        first_step: int,
     ) -> None:
         self.job = job
         self.log = log
+        self.evaluations = evaluations  # all so far; they decide which checkpoint is kept however old it is
         self.facts = facts
         self.recipe = job.recipe
         self.settings = job.recipe.train
@@ -85,17 +94,9 @@ class Saves:
         is_writing = self._writing is not None and not self._writing.done()  # the next one would wait for it
         return dist.get_rank() == 0 and not is_writing and time.monotonic() - self._since >= self._interval_seconds
 
-    def save(
-        self,
-        done: int,
-        *,
-        skipped_steps: int,
-        evaluations: Sequence[Mapping[str, Any]],
-        best: Callable[[], int | None],
-    ) -> None:
+    def save(self, done: int, *, skipped_steps: int) -> None:
         """Save the state after `done` steps, unless that has been done; a collective.
 
-        The checkpoint of the step that `best` names, when this one is on disk, is kept however old it is.
         Raises CheckpointError when too many saves in a row have failed.
         """
         if done == self.saved_step:
@@ -104,17 +105,17 @@ class Saves:
         start = time.monotonic()
         self._settle()  # two gathered copies at once might not fit
         self._write_last = None
-        facts = {"step": done, "skipped_steps": skipped_steps, "evaluations": list(evaluations), **self.facts}
+        facts = {"step": done, "skipped_steps": skipped_steps, "evaluations": list(self.evaluations), **self.facts}
         snapshot = checkpoints.take_snapshot(self.job.engine, self.job.model, self.job.tokenizer, facts)
         self._stall_seconds = time.monotonic() - start
         if snapshot is not None:
-            keep = self.settings.save_total_limit
-
-            def write() -> None:
-                checkpoints.write_snapshot(self.recipe.run_directory, snapshot, keep=keep, best=best)
-
-            self._write_last = write
-            self._writing = self._writer.submit(_timed, done, write)
+            directory, settings = self.recipe.run_directory, self.settings
+            known = list(self.evaluations) if settings.load_best_model_at_end else []
+            best = functools.partial(checkpoints.best_on_disk, directory, known, settings.metric_for_best_model)
+            self._write_last = functools.partial(
+                checkpoints.write_snapshot, directory, snapshot, keep=settings.save_total_limit, best=best
+            )
+            self._writing = self._writer.submit(_timed, done, self._write_last)
         self.log.saving(done, self._stall_seconds)
         self._since = time.monotonic()
 
