@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from launch.deadline import Deadline
 from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
 from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
+from launch.merge_rule import DTYPES, choose_dtype
 from launch.model import serving_generation_config, tokenizer_and_template
 from launch.modes import keep_private
 from launch.packing import choose_packing, forward_arguments
@@ -43,7 +45,7 @@ from launch.recipe import Recipe
 from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
 from launch.samples import Samples
 from launch.saving import Saves, check_room
-from launch.start import adapted_base, prepare_run
+from launch.start import adapted_base, prepare_run, with_revision
 from launch.trackers import end_trackers, start_trackers
 from launch.vocabulary import load_unquantised
 from launch.watchdog import Watchdog
@@ -53,6 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run a recipe; a refusal is one sentence from rank zero, and status.json always says what happened."""
     stopwatch = Stopwatch()
     stopwatch.end("imports")
+    keep_private(group_readable=False)  # a recipe that does not load leaves a status, too
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # before the first step there is nothing to save: end quietly
     is_rank_zero = os.environ.get("RANK", "0") == "0"
     directory = intended_run_directory(arguments)
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         with runs.open_run(directory) if is_rank_zero else nullcontext():
             if is_rank_zero:
                 newest = checkpoints.newest_step(directory)
-                runs.begin(directory, newest)
+                runs.begin(directory, newest, dump_recipe(recipe))
                 kept = f"step {newest} is saved" if newest else "there was nothing to save yet"
                 word = f"asked to stop before the first step; {kept}"
                 preemption.end_when_asked(lambda: runs.leave(directory, "preempted", word))
@@ -78,8 +81,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     except LaunchError as error:
         if not is_rank_zero:
+            preemption.forget_signals()
             time.sleep(30)  # rank zero speaks, and the launcher then ends this rank; if not, it is this rank's own
-            print(f"Refused on rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+            print(f"Rank {os.environ['RANK']} ended: {error}", file=sys.stderr, flush=True)
             return 1
         status = runs.read_status(directory)  # maybe another job's, or one that was killed
         is_mine = not isinstance(error, RunInUseError)  # the status is that of another, who may have finished since
@@ -108,6 +112,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
     prepare_all = functools.partial(prepare_run, recipe, precision, stopwatch)
     found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_all())))
+    recipe = with_revision(recipe, found["revision"])
     tokenizer, template = tokenizer_and_template(recipe, found["base"])
     tokenizer.chat_template = template.for_serving
     samples, held_out = (Samples.load(Path(found["store"]), split) for split in ("train", "evaluation"))
@@ -116,10 +121,10 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
 
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
     base, model, added = adapted_base(recipe, found, tokenizer, precision)
-    dtype_name = merging.choose_dtype(recipe.run.merge_dtype, precision)
+    dtype_name = choose_dtype(recipe.run.merge_dtype, precision)
     if accelerator.is_main_process:
         num_trained, num_parameters = engines.count_parameters(model)
-        merged_bytes = num_parameters * merging.DTYPES[dtype_name].itemsize if recipe.merges else 0
+        merged_bytes = num_parameters * DTYPES[dtype_name].itemsize if recipe.merges else 0
         check_room(recipe.run_directory, num_trained, keep=recipe.train.save_total_limit, merged_bytes=merged_bytes)
     stopwatch.end("base")
     engine = engines.start_engine(accelerator, model, recipe.train)
@@ -148,38 +153,48 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     evaluations: list[dict[str, Any]] = found["evaluations"]
-    is_done = optimizer_steps(job, checkpoint, evaluations, stopwatch)
+    with ThreadPoolExecutor(1, "checkpoint") as writer:  # what is being written is ended while the directory is ours
+        is_done = optimizer_steps(job, writer, checkpoint, evaluations, stopwatch)
     watchdog.close()
     if not is_done:
         end_trackers(accelerator)
         return
 
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
-    if accelerator.is_main_process:
+    if not accelerator.is_main_process:
+        preemption.forget_signals()  # all is saved: what is left can be done again
+    else:
         word = "asked to stop while merging; every step is saved"
         preemption.end_when_asked(lambda: runs.leave(recipe.run_directory, "preempted", word))
     chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
-        shard_bytes = recipe.run.max_shard_size_bytes
-        adapter_file = recipe.run_directory / "adapter" / WEIGHTS_FILE
-        origin = functools.partial(
-            merging.facts_of, adapter_file, found["base"], found["identity"]["base"], shard_bytes
-        )
-        unquantised = functools.partial(load_unquantised, found["base"], recipe.model, tokenizer, added)
-        merging.merge(
-            model,
-            tokenizer,
-            serving_generation_config(base, found["end_token_ids"]),
-            recipe.run_directory / "merged",
-            dtype_name=dtype_name,
-            max_shard_size_bytes=shard_bytes,
-            facts=lambda: {"step": chosen, **origin()},
-            load_unquantised=unquantised if recipe.model.load_in_4bit else None,
-        )
+        merge_chosen(job, found, base, added, dtype_name, chosen)
     end_trackers(accelerator)
     if accelerator.is_main_process:
         runs.write_status(recipe.run_directory, "finished", "every step is done", step=job.total_steps)
         print(closing_lines(recipe), flush=True)
+
+
+def merge_chosen(
+    job: Job, found: Mapping[str, Any], base: torch.nn.Module, added: set[int], dtype_name: str, chosen: int
+) -> None:
+    """The weights of the chosen step, which the engine has, into the run's merged/; a collective."""
+    recipe = job.recipe
+    adapter, shard_bytes = recipe.run_directory / "adapter" / WEIGHTS_FILE, recipe.run.max_shard_size_bytes
+    unquantised = functools.partial(load_unquantised, found["base"], recipe.model, job.tokenizer, added)
+    merging.merge(
+        job.model,
+        job.tokenizer,
+        serving_generation_config(base, found["end_token_ids"]),
+        recipe.run_directory / "merged",
+        dtype_name=dtype_name,
+        max_shard_size_bytes=shard_bytes,
+        facts=lambda: {
+            "step": chosen,
+            **merging.facts_of(adapter, found["base"], found["identity"]["base"], shard_bytes),
+        },
+        load_unquantised=unquantised if recipe.model.load_in_4bit else None,
+    )
 
 
 def watch(recipe: Recipe) -> Watchdog:
@@ -187,12 +202,16 @@ def watch(recipe: Recipe) -> Watchdog:
     return Watchdog(
         recipe.run.hang_seconds,
         recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
-        lambda reason: runs.write_failure(recipe.run_directory, reason),
+        lambda reason: runs.leave_failed(recipe.run_directory, reason),
     )
 
 
 def optimizer_steps(
-    job: Job, checkpoint: Resumable | None, evaluations: list[dict[str, Any]], stopwatch: Stopwatch
+    job: Job,
+    writer: ThreadPoolExecutor,
+    checkpoint: Resumable | None,
+    evaluations: list[dict[str, Any]],
+    stopwatch: Stopwatch,
 ) -> bool:
     """Every step that is left. False when the run was asked to stop; all is saved either way.
 
@@ -214,42 +233,15 @@ def optimizer_steps(
     )
 
     facts = {"identity": job.identity, "versions": versions()}
-    saves = Saves(job, log, facts=facts, first_step=first_step)
-    held_out_batches = job.micro_batches(job.held_out, range(len(job.held_out)))
-
-    def save(done: int) -> None:
-        known = list(evaluations) if settings.load_best_model_at_end else []
-        best = functools.partial(checkpoints.best_on_disk, recipe.run_directory, known, settings.metric_for_best_model)
-        saves.save(done, skipped_steps=skipped_steps, evaluations=evaluations, best=best)
-
-    def evaluate_if_due(done: int) -> bool:
-        """False when the run was asked to stop in the meantime; the next start makes up for it."""
-        is_due = done in (0, job.total_steps) or (settings.eval_steps and done % settings.eval_steps == 0)
-        if not is_due or done <= max((record["step"] for record in evaluations), default=-1):
-            return True
-        found = evaluate(job, held_out_batches)
-        if found is None:
-            return False
-        counts, seconds = found
-        log.evaluation(done, counts, seconds)
-        if done == 0 and counts.num_tokens and not math.isfinite(counts.loss):
-            raise TrainingError(
-                f"The held-out loss is {counts.loss} before anything is trained: the weights of the base are wrong, or "
-                f"too large for {job.identity['precision']}; try train.precision=fp32."
-            )
-        metrics = {"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy}
-        evaluations.append(runs.finite(metrics))
-        if settings.load_best_model_at_end and runs.best_step(evaluations, settings.metric_for_best_model) == done:
-            save(done)
-        return True
+    saves = Saves(job, log, writer, evaluations, facts=facts, first_step=first_step)
 
     def leave_word() -> None:
         if job.accelerator.is_main_process:
             word = "interrupted twice, so it ended at once; what was saved before stands"
-            runs.write_status(recipe.run_directory, "preempted", word)
+            runs.leave(recipe.run_directory, "preempted", word)
 
     def stopped_after(done: int) -> bool:
-        save(done)
+        saves.save(done, skipped_steps=skipped_steps)
         saves.finish()
         log.close()
         if job.accelerator.is_main_process:
@@ -261,7 +253,7 @@ def optimizer_steps(
 
     polls = False  # within a step: only where a step and a save may not fit into the time that a stop is given
     preemption.remember_signals(leave_word)
-    if not evaluate_if_due(first_step):  # 0, or what a stop left out
+    if not evaluate_if_due(job, log, saves, first_step, skipped_steps):  # 0, or what a stop left out
         return stopped_after(first_step)
     stopwatch.end("evaluation")
     for step in range(first_step, job.total_steps):
@@ -291,7 +283,7 @@ def optimizer_steps(
         is_last = done == job.total_steps
         stop, save_is_due, is_tight = (sums[4:] > 0).tolist()
         seconds = time.monotonic() - since
-        job.deadline.stepped(seconds)
+        job.deadline.steps.add(seconds)
         skipped_steps += skipped
         log.step(
             done,
@@ -317,12 +309,38 @@ def optimizer_steps(
         if stop:
             return stopped_after(done)
         if is_last or save_is_due or done % settings.save_steps == 0:
-            save(done)
-        if not evaluate_if_due(done):
+            saves.save(done, skipped_steps=skipped_steps)
+        if not evaluate_if_due(job, log, saves, done, skipped_steps):
             return stopped_after(done)
     saves.finish()
     log.close()
-    preemption.forget_signals()  # all is saved: what is left can be done again
+    return True
+
+
+def evaluate_if_due(job: Job, log: RunLog, saves: Saves, done: int, skipped_steps: int) -> bool:
+    """False when the run was asked to stop in the meantime; the next start makes up for it.
+
+    The step with the best metric so far is saved, if the recipe wants it.
+    """
+    settings, evaluations = job.recipe.train, saves.evaluations
+    is_due = done in (0, job.total_steps) or (settings.eval_steps and done % settings.eval_steps == 0)
+    if not is_due or done <= max((record["step"] for record in evaluations), default=-1):
+        return True
+    found = evaluate(job)
+    if found is None:
+        log.left_evaluation(done)
+        return False
+    counts, seconds = found
+    log.evaluation(done, counts, seconds)
+    if done == 0 and counts.num_tokens and not math.isfinite(counts.loss):
+        raise TrainingError(
+            f"The held-out loss is {counts.loss} before anything is trained: the weights of the base are wrong, or "
+            f"too large for {job.identity['precision']}; try train.precision=fp32."
+        )
+    metrics = {"step": done, "loss": counts.loss, "token_accuracy": counts.token_accuracy}
+    evaluations.append(runs.finite(metrics))
+    if settings.load_best_model_at_end and runs.best_step(evaluations, settings.metric_for_best_model) == done:
+        saves.save(done, skipped_steps=skipped_steps)
     return True
 
 

@@ -299,8 +299,8 @@ def _merge(
     max_shard_size_bytes = int(float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " "))
     import transformers
 
-    from launch.merge import DTYPES
     from launch.merge_from_disk import find_source, merge_from_disk
+    from launch.merge_rule import DTYPES
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is not valid; the valid ones are {', '.join(DTYPES)}.")

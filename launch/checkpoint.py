@@ -10,19 +10,21 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME, WEIGHTS_FILE, exported_state
-from launch.errors import CheckpointError
+from launch.errors import CheckpointError, UnreadableError, first_line
 from launch.lock import end_if_lost
 from launch.modes import give_usual_mode
 from launch.runs import DELETING, SAVING, best_step, write_json
@@ -115,14 +117,18 @@ def best_verified(
     run_directory: Path, evaluations: Sequence[Mapping[str, Any]], metric: str, say: Callable[[str], None]
 ) -> int | None:
     """The best evaluated step whose checkpoint verifies; one that does not is set aside. For rank zero."""
-    while (best := best_on_disk(run_directory, evaluations, metric)) is not None:
+    wanted, left = best_step(evaluations, metric), list(evaluations)
+    while (best := best_on_disk(run_directory, left, metric)) is not None:
         path = path_of_step(run_directory, best)
+        left = [record for record in left if record["step"] != best]
         try:
             verify(path)
+        except UnreadableError as error:
+            say(f"{error} The next best one is taken.")
+            continue
         except CheckpointError as error:
             say(f"{error} It is set aside as {_set_aside(path).name}; the next best one is taken.")
             continue
-        wanted = best_step(evaluations, metric)
         if wanted != best:
             say(f"Step {wanted} has the best held-out {metric}, but no checkpoint; {best} is the best that has one.")
         return best
@@ -167,25 +173,38 @@ def unpublish(path: Path) -> None:
     end_if_lost()
     hidden = path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}")
     path.rename(hidden)
-    shutil.rmtree(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)  # what a reader holds open on NFS stays, until a later start removes it
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest, after every file's size and SHA-256 matched. Raises CheckpointError naming the file."""
+    """The manifest, after every file's size and SHA-256 matched.
+
+    Raises CheckpointError naming the file that is damaged or missing, UnreadableError for one that the file system does
+    not give, which may be another matter the next time.
+    """
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        with _told_apart(path, "manifest.json"):
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: manifest.json cannot be read ({type(error).__name__}).") from None
     for name, identity in files.items():
-        try:
+        with _told_apart(path, name):
             found = identity_of_file(path / name)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror}).") from None
         if found != identity:
             kind = "size" if found["bytes"] != identity["bytes"] else "SHA-256"
             raise CheckpointError(f"{path}: the {kind} of {name} is not the manifest's.")
     return dict(manifest)
+
+
+@contextmanager
+def _told_apart(path: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise CheckpointError(f"{path}: {name} is missing.") from None
+    except OSError as error:
+        raise UnreadableError(f"{path}: {name} cannot be read now ({error.strerror}).") from None
 
 
 def find_resumable(run_directory: Path, say: Callable[[str], None]) -> Resumable | None:
@@ -201,6 +220,9 @@ def find_resumable(run_directory: Path, say: Callable[[str], None]) -> Resumable
     for path in reversed(candidates):
         try:
             manifest = verify(path)
+        except UnreadableError as error:
+            say(f"{error} It is left as it is; the one before it is tried.")
+            continue
         except CheckpointError as error:
             say(f"{error} It is set aside as {_set_aside(path).name}; the one before it is tried.")
             continue
@@ -212,8 +234,8 @@ def find_resumable(run_directory: Path, say: Callable[[str], None]) -> Resumable
         return Resumable.read(path)
     if candidates or list(directory.glob("*.corrupt")):
         raise CheckpointError(
-            f"Every checkpoint in {directory} is bad; restore one from a backup, or give the run another run.name to "
-            "start from the beginning."
+            f"Every checkpoint in {directory} is bad or cannot be read; take .corrupt off the name of one that is "
+            "whole, restore one from a backup, or give the run another run.name to start from the beginning."
         )
     return None
 
@@ -237,7 +259,10 @@ def export_adapter(checkpoint: Path, target: Path) -> None:
 
 def restore(checkpoint: Resumable, engine: engines.Engine) -> None:
     """Put weights, moments and loss scaler back; every rank maps the whole file and reads its part."""
-    tensors = load_file(checkpoint.path / "optimizer.safetensors")
+    try:
+        tensors = load_file(checkpoint.path / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:  # somebody has written a manifest for it
+        raise CheckpointError(f"{checkpoint.path}: optimizer.safetensors is none: {first_line(error)}.") from None
     engines.restore_training_state(engine, tensors, int(checkpoint.state["adam_step"]))
     engines.restore_scaler(engine, checkpoint.state["scaler"])
 

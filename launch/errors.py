@@ -50,6 +50,10 @@ class CheckpointError(LaunchError):
     """A checkpoint that cannot be written, trusted or resumed."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint that cannot be read now, and may be whole."""
+
+
 class TrainingError(LaunchError):
     """Training that cannot go on."""
 

@@ -77,14 +77,14 @@ class Job:
 
 def gives_up_step(job: Job, *, share_left: float) -> bool:
     """Whether a rank was asked to stop and rank zero has no time for the rest of the step; a collective."""
-    has_no_time = dist.get_rank() == 0 and job.deadline.drops(share_left, preemption.seconds_since_request())
+    has_no_time = dist.get_rank() == 0 and job.deadline.drops_step(share_left, preemption.seconds_since_request())
     both = torch.tensor([preemption.stop_requested(), has_no_time], dtype=torch.float64, device=job.accelerator.device)
     dist.all_reduce(both)
     return bool((both > 0).all())
 
 
 @torch.no_grad()
-def evaluate(job: Job, micro_batches: Sequence[batching.MicroBatch]) -> tuple[TokenCounts, float] | None:
+def evaluate(job: Job) -> tuple[TokenCounts, float] | None:
     """(counts over the held-out samples, seconds); the counts are the same for any ranks and any packing.
 
     None when a rank was asked to stop, or there is no time for it before the job's end.
@@ -92,7 +92,7 @@ def evaluate(job: Job, micro_batches: Sequence[batching.MicroBatch]) -> tuple[To
     start = time.monotonic()
     job.engine.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=job.accelerator.device)
-    for index, micro_batch in enumerate(micro_batches):
+    for index, micro_batch in enumerate(job.micro_batches(job.held_out, range(len(job.held_out)))):
         asked = torch.tensor(float(job.wants_to_stop(evaluation=index == 0)), device=job.accelerator.device)
         dist.all_reduce(asked)  # ranks agree before each micro-batch, of which all have as many
         if asked > 0:
@@ -102,5 +102,5 @@ def evaluate(job: Job, micro_batches: Sequence[batching.MicroBatch]) -> tuple[To
     dist.all_reduce(sums)
     job.engine.train()
     counts, seconds = counts_from_sums(sums), time.monotonic() - start
-    job.deadline.evaluated(seconds)
+    job.deadline.evaluations.add(seconds)
     return counts, seconds

@@ -24,7 +24,7 @@ from launch.config import load_recipe
 from launch.errors import CheckpointError, MergeError
 from launch.fingerprint import fingerprint_base
 from launch.hub import fetch
-from launch.merge import Part, Pieces
+from launch.merge_rule import Part, Pieces, choose_dtype
 from launch.model import (
     DTYPES,
     added_token_ids,
@@ -33,11 +33,12 @@ from launch.model import (
     serving_generation_config,
 )
 from launch.recipe import ModelBlock, Recipe
+from launch.remote_code import check_remote_code
 from launch.runs import SAVING
 from launch.shards import Stored, read_model, read_safetensors
 from launch.vocabulary import add_rows, own_rows, row_names, rows_with_mean
 
-BASE_FILES = ("*.json", "*.safetensors", "*.bin", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+BASE_FILES = ("*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja")
 # Ways to begin that take something away from the base, which is then not the one on disk.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -65,8 +66,11 @@ def find_source(path: Path) -> Source:
         if newest:
             state = json.loads((checkpoints.path_of_step(run, newest) / "state.json").read_text(encoding="utf-8"))
             precision = state["identity"]["precision"]
-        report = json.loads((run / "data_report.json").read_text(encoding="utf-8"))
-        stop_tokens = tuple(report["answers"]["stop_tokens"])
+            revision = state["identity"]["recipe"]["model"]["revision"]  # the commit that it began with
+            recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
+        if (run / "data_report.json").is_file():  # none: nothing was prepared, and there is no adapter either
+            report = json.loads((run / "data_report.json").read_text(encoding="utf-8"))
+            stop_tokens = tuple(report["answers"]["stop_tokens"])
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise MergeError(
@@ -99,7 +103,10 @@ def merge_from_disk(
     peft_config = _peft_config(source.adapter)
     settings = _settings(source, base or str(peft_config.base_model_name_or_path), trust_remote_code)
     name = str(resolve_base(source.recipe)) if source.recipe and base is None else settings.name_or_path
-    directory, _ = fetch("The base", name, BASE_FILES, settings.revision, MergeError)
+    directory, commit = fetch("The base", name, (*BASE_FILES, "*.safetensors"), settings.revision, MergeError)
+    if not any(directory.glob("*.safetensors")):
+        directory, commit = fetch("The base", name, (*BASE_FILES, "*.bin"), settings.revision, MergeError)
+    check_remote_code(settings, directory, commit, consent="give --trust-remote-code")
     stored = read_model(directory)
     trained = read_safetensors(source.adapter / WEIGHTS_FILE)
     dtype_name = dtype_name or _dtype_name(source, stored)
@@ -175,7 +182,7 @@ def _settings(source: Source, base: str, trust_remote_code: bool) -> ModelBlock:
 def _dtype_name(source: Source, stored: Mapping[str, Stored]) -> str:
     """The recipe's, as at the end of the run; for another adapter the base's own, if it has 16 bits."""
     if source.recipe is not None and source.precision is not None:
-        return merging.choose_dtype(source.recipe.run.merge_dtype, source.precision)
+        return choose_dtype(source.recipe.run.merge_dtype, source.precision)
     types = {tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point}
     return "bfloat16" if types == {torch.bfloat16} else "float16"
 

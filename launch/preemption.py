@@ -9,7 +9,9 @@ from collections.abc import Callable
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# SIGHUP is the end of a terminal; under nohup it is ignored, and stays so.
+_HANGUP = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *_HANGUP)
 # Ctrl-C reaches a rank from the terminal and once more from the launcher; a second Ctrl-C is somebody's wish.
 _ONE_INTERRUPT_SECONDS = 1.0
 _received: list[tuple[int, float]] = []  # (signal, monotonic seconds)
@@ -23,8 +25,7 @@ def end_when_asked(leave_word: Callable[[], None]) -> None:
     """
 
     def end(number: int) -> None:
-        leave_word()
-        os._exit(128 + number)
+        _end_after(leave_word, number)
 
     _listen(end, _ignore)
     if _received:
@@ -42,8 +43,7 @@ def remember_signals(leave_word: Callable[[], None]) -> None:
 
     def remember(number: int) -> None:
         if _received and _received[0][0] == signal.SIGINT and seconds_since_request() > _ONE_INTERRUPT_SECONDS:
-            leave_word()
-            os._exit(128 + number)
+            _end_after(leave_word, number)
         _received.append((number, time.monotonic()))
 
     _listen(remember, _note)
@@ -101,6 +101,13 @@ def _listen(act: Callable[[int], None], in_main_thread: Callable[[int, FrameType
         signal.signal(number, in_main_thread)
     if previous != -1:
         os.close(previous)
+
+
+def _end_after(leave_word: Callable[[], None], number: int) -> None:
+    try:
+        leave_word()
+    finally:  # whatever the disk says to that
+        os._exit(128 + number)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -159,6 +159,10 @@ class RunLog:
         )
         self._since += seconds  # evaluation is not training time
 
+    def left_evaluation(self, done: int) -> None:
+        """An evaluation was begun and left."""
+        self._record("left evaluation", done, {})
+
     def saving(self, done: int, stall_seconds: float) -> None:
         """A checkpoint has been gathered; the training stood still for so long."""
         self._write("save", done, {"stall_seconds": stall_seconds})

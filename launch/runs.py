@@ -4,13 +4,16 @@ Files appear whole or not at all; only metrics.jsonl grows, a line at a time.
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
 import platform
 import re
+import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +24,10 @@ from launch.errors import NoProgressError, PreflightError
 from launch.modes import as_at_start
 
 SAVING, DELETING = ".saving-", ".deleting-"  # how the names of directories begin that are not whole
-_TEMPORARY_FILE = re.compile(r"\..+\.\d+\.tmp")  # of write_text
+_TEMPORARY_FILE = re.compile(r"\..+\.[0-9a-f]+\.tmp")  # of write_text
 State = Literal["starting", "running", "preempted", "finished", "failed", "refused", "no progress"]
 MAX_RESTARTS_IN_VAIN = 3
-_OF_THE_START = ("job", "newest_step", "restarts_in_vain")  # in status.json until the next start
+_OF_THE_START = ("job", "newest_step", "recipe_sha256", "restarts_in_vain")  # in status.json until the next start
 
 
 @contextmanager
@@ -70,7 +73,7 @@ def _remove_leftovers(directory: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write through a temporary file and a rename, on disk before the rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # threads and nodes write the same file
     # A lone surrogate in somebody's row becomes its JSON escape.
     with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
@@ -92,23 +95,25 @@ def write_status(directory: Path, state: State, reason: str, **facts: Any) -> No
     write_json(directory / "status.json", status)
 
 
-def begin(directory: Path, newest_step: int) -> None:
-    """The status of a start that finds this step saved.
+def begin(directory: Path, newest_step: int, recipe: str) -> None:
+    """The status of a start of this recipe, in YAML, that finds this step saved.
 
     Raises NoProgressError after too many restarts, one after the other, that left no newer step. One that was preempted
-    before its first step does not count, nor does one that was refused.
+    before its first step does not count, nor does one that was refused, or had another recipe.
     """
     last = read_status(directory)
     state, in_vain = last.get("state"), 0
     has_ended_by_itself = state in ("starting", "running", "failed") or (state == "preempted" and "step" in last)
-    if last.get("newest_step") == newest_step:
+    start = {"newest_step": newest_step, "recipe_sha256": hashlib.sha256(recipe.encode()).hexdigest()}
+    if {name: last.get(name) for name in start} == start:
         in_vain = last["restarts_in_vain"] + has_ended_by_itself if state != "no progress" else 0
     if in_vain > MAX_RESTARTS_IN_VAIN:
+        how = "was killed" if state in ("starting", "running") else f"ended as {state}: {last.get('reason')}"
         raise NoProgressError(
-            f"{MAX_RESTARTS_IN_VAIN} restarts in a row left nothing newer than step {newest_step}; the last one was "
-            f"{state} ({last.get('reason')}). Look at its log, then run the same command again."
+            f"{MAX_RESTARTS_IN_VAIN} restarts in a row left nothing newer than step {newest_step}; the last one {how}. "
+            "Look at what it printed, then run the same command again."
         )
-    facts = {"job": this_job(), "newest_step": newest_step, "restarts_in_vain": in_vain}
+    facts = {"job": this_job(), **start, "restarts_in_vain": in_vain}
     write_status(directory, "starting", "the job has started", pid=os.getpid(), **facts)
 
 
@@ -125,6 +130,12 @@ def write_failure(directory: Path, reason: str) -> None:
     status = read_status(directory)
     if status.get("state") in ("starting", "running") and status.get("job") == this_job():
         write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}")
+
+
+def leave_failed(directory: Path, reason: str) -> None:
+    """`write_failure` of a process that ends at once, and its lock, if it has one."""
+    write_failure(directory, reason)
+    lock.release()
 
 
 def is_finished(directory: Path, recipe: str) -> bool:
@@ -242,7 +253,13 @@ def rewind_metrics(
 
 
 def known_evaluations(saved: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """By step: those that a checkpoint knows of, and those of metrics.jsonl besides, which may have been lost."""
+    """By step: those that a checkpoint knows of, and those of metrics.jsonl besides, which may have been lost.
+
+    One that was begun and left for the second time is known as one without a result: jobs that are shorter than it
+    would come no further.
+    """
+    left = Counter(record["step"] for record in metrics if record["kind"] == "left evaluation")
+    given_up = {step: {"step": step, "loss": None, "token_accuracy": None} for step, count in left.items() if count > 1}
     measured = {record["step"]: dict(record) for record in metrics if record["kind"] == "evaluation"}
-    known = measured | {record["step"]: dict(record) for record in saved}
+    known = given_up | measured | {record["step"]: dict(record) for record in saved}
     return [known[step] for step in sorted(known)]

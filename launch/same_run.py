@@ -53,7 +53,7 @@ RULES = {
 }
 ON_REQUEST = [name for name, rule in RULES.items() if rule == "on request"]
 # Of these not the value is compared but what it stands for: the rows, the weights, the precision that was chosen.
-BY_CONTENT = ("data.train", "data.evaluation", "adapter.init_from", "train.precision")
+BY_CONTENT = ("model.revision", "data.train", "data.evaluation", "adapter.init_from", "train.precision")
 _COLUMNS = 80
 _DIGITS = 12  # of a digest, for people
 

@@ -1,16 +1,16 @@
 """When a checkpoint is saved, and how: gathered by all ranks, written by rank zero beside the next steps."""
 
+import functools
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 
 from launch import checkpoint as checkpoints
 from launch import engine as engines
@@ -63,9 +63,19 @@ class Saves:
     `max_failed_saves` in a row have failed.
     """
 
-    def __init__(self, job: Job, log: RunLog, *, facts: Mapping[str, Any], first_step: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        log: RunLog,
+        writer: ThreadPoolExecutor,
+        evaluations: list[dict[str, Any]],
+        *,
+        facts: Mapping[str, Any],
+        first_step: int,
+    ) -> None:
         self.job = job
         self.log = log
+        self.evaluations = evaluations  # all so far; they decide which checkpoint is kept however old it is
         self.facts = facts
         self.recipe = job.recipe
         self.settings = job.recipe.train
@@ -75,25 +85,18 @@ class Saves:
         self._stall_seconds = 0.0
         self._interval_seconds = self.settings.save_seconds or LONGEST_INTERVAL_SECONDS
         self._since = time.monotonic()
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writer = writer
         self._writing: Future[Written] | None = None
         self._write_last: Callable[[], None] | None = None
 
     def is_due_by_the_clock(self) -> bool:
         """Rank zero's clock, which the others hear of in the step's reduction."""
-        return dist.get_rank() == 0 and time.monotonic() - self._since >= self._interval_seconds
+        is_writing = self._writing is not None and not self._writing.done()  # the next one would wait for it
+        return dist.get_rank() == 0 and not is_writing and time.monotonic() - self._since >= self._interval_seconds
 
-    def save(
-        self,
-        done: int,
-        *,
-        skipped_steps: int,
-        evaluations: Sequence[Mapping[str, Any]],
-        best: Callable[[], int | None],
-    ) -> None:
+    def save(self, done: int, *, skipped_steps: int) -> None:
         """Save the state after `done` steps, unless that has been done; a collective.
 
-        The checkpoint of the step that `best` names, when this one is on disk, is kept however old it is.
         Raises CheckpointError when too many saves in a row have failed.
         """
         if done == self.saved_step:
@@ -102,17 +105,17 @@ class Saves:
         start = time.monotonic()
         self._settle()  # two gathered copies at once might not fit
         self._write_last = None
-        facts = {"step": done, "skipped_steps": skipped_steps, "evaluations": list(evaluations), **self.facts}
+        facts = {"step": done, "skipped_steps": skipped_steps, "evaluations": list(self.evaluations), **self.facts}
         snapshot = checkpoints.take_snapshot(self.job.engine, self.job.model, self.job.tokenizer, facts)
         self._stall_seconds = time.monotonic() - start
         if snapshot is not None:
-            keep = self.settings.save_total_limit
-
-            def write() -> None:
-                checkpoints.write_snapshot(self.recipe.run_directory, snapshot, keep=keep, best=best)
-
-            self._write_last = write
-            self._writing = self._thread.submit(_timed, done, write)
+            directory, settings = self.recipe.run_directory, self.settings
+            known = list(self.evaluations) if settings.load_best_model_at_end else []
+            best = functools.partial(checkpoints.best_on_disk, directory, known, settings.metric_for_best_model)
+            self._write_last = functools.partial(
+                checkpoints.write_snapshot, directory, snapshot, keep=settings.save_total_limit, best=best
+            )
+            self._writing = self._writer.submit(_timed, done, self._write_last)
         self.log.saving(done, self._stall_seconds)
         self._since = time.monotonic()
 
@@ -120,7 +123,7 @@ class Saves:
         """Wait until the last save is on disk; a collective. Raises CheckpointError when it is not."""
         self._settle()
         if self.good_step != self.saved_step and self._write_last is not None:  # once more: room may have been made
-            self._writing = self._thread.submit(_timed, self.saved_step, self._write_last)
+            self._writing = self._writer.submit(_timed, self.saved_step, self._write_last)
             self._settle()
         if dist.get_rank() == 0 and self.good_step != self.saved_step:
             raise CheckpointError(
@@ -130,7 +133,9 @@ class Saves:
         dist.barrier()
 
     def last_good(self) -> str:
-        """What a sentence about an end adds, on rank zero."""
+        """What a sentence about an end adds; only rank zero knows."""
+        if dist.get_rank() != 0:
+            return ""
         return f"; the last good checkpoint is that of step {self.good_step}" if self.good_step else "; there is none"
 
     def _settle(self) -> None:
@@ -139,8 +144,8 @@ class Saves:
             return
         written, self._writing = self._writing.result(), None
         self.log.written(written.step, written.seconds, written.fault)
-        self.job.deadline.saved(self._stall_seconds + written.seconds)
         if not written.fault:
+            self.job.deadline.saves.add(self._stall_seconds + written.seconds)
             self.good_step, self._failed_in_a_row, self._write_last = written.step, 0, None
             if self.settings.save_seconds is None:
                 self._interval_seconds = interval_seconds(written.seconds)
@@ -158,6 +163,6 @@ def _timed(step: int, write: Callable[[], None]) -> Written:
     fault = ""
     try:
         write()
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # OSError, and what the libraries make of it: tokenizers raise an Exception as such
         fault = " ".join(str(error).split()) or type(error).__name__
     return Written(step, time.monotonic() - start, fault)

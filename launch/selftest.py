@@ -20,7 +20,7 @@ from launch.recipe import TINY_MODEL_NAME, Recipe
 from launch.table import format_table
 
 LEAST_STEPS = 8
-SECONDS_TO_END = 5.0  # for ranks whose launcher is gone
+SECONDS_TO_END = 30.0  # for ranks whose launcher is gone
 POLL_SECONDS = 0.01  # a tiny model makes a step in a few of these
 RELATIVE_ROUNDING = 1e-6
 NAME_COLUMNS = 12

@@ -3,6 +3,7 @@
 import platform
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from launch import checkpoint as checkpoints
 from launch import merge as merging
 from launch import runs, same_run
 from launch.adapter import add_adapter, with_token_ids
+from launch.checkpoint import Resumable
 from launch.config import dump_recipe
 from launch.data import prepare
 from launch.data_report import outcomes_line
-from launch.errors import DataError
+from launch.errors import DataError, ModelError
 from launch.fingerprint import fingerprints, versions
+from launch.hub import fetch
 from launch.model import (
     DTYPES,
     added_token_ids,
@@ -27,15 +30,38 @@ from launch.model import (
     resolve_base,
     tokenizer_and_template,
 )
-from launch.recipe import Recipe
+from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.report import Stopwatch
 from launch.starting_adapter import fingerprint_starting_adapter, start_from
 from launch.vocabulary import check_added_are_trained, fit_vocabulary
 
 
+def commit_of_base(model: ModelBlock, checkpoint: Resumable | None) -> str | None:
+    """The commit of a base on the hub, for all ranks and all starts: a new one upstream is none of this run's.
+
+    That of the checkpoint unless the recipe names one; None for a base that is not on the hub.
+    """
+    is_here = model.name_or_path == TINY_MODEL_NAME or Path(model.name_or_path).expanduser().exists()
+    if model.revision is not None or model.factory is not None or is_here:
+        return model.revision
+    if checkpoint is not None and checkpoint.state["identity"]["recipe"]["model"]["name_or_path"] == model.name_or_path:
+        kind, _, commit = checkpoint.state["identity"]["base"].partition(" ")
+        if kind == "commit":
+            return str(commit)
+    return fetch("model.name_or_path", model.name_or_path, ["config.json"], None, ModelError)[1]
+
+
+def with_revision(recipe: Recipe, revision: str | None) -> Recipe:
+    """The recipe with this model.revision."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
+
+
 def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[str, Any]:
     """Rank zero's part before the others need anything: the base on disk, the samples, the checkpoint to resume."""
-    directory = recipe.run_directory
+    directory, given = recipe.run_directory, recipe
+    checkpoint = checkpoints.find_resumable(directory, say=print)
+    stopwatch.end("resume")
+    recipe = with_revision(recipe, commit_of_base(recipe.model, checkpoint))
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
     check_adapter_fits(base, recipe)
     init_from_sha256 = fingerprint_starting_adapter(recipe.adapter)
@@ -57,8 +83,6 @@ def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[st
         rows=prepared.rows,
     )
     stopwatch.end("base")
-    checkpoint = checkpoints.find_resumable(directory, say=print)
-    stopwatch.end("resume")
     evaluations: list[dict[str, Any]] = []  # of the rows that are held out now
     same_held_out, said = True, ""
     if checkpoint is not None:
@@ -69,10 +93,11 @@ def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[st
     prepared = prepared.publish(directory)
     step = checkpoint.step if checkpoint else -1
     metrics = runs.rewind_metrics(directory, step, same_held_out=same_held_out, say=print)
-    runs.write_text(directory / "recipe.yaml", dump_recipe(recipe))
+    runs.write_text(directory / "recipe.yaml", dump_recipe(given))
     environment = {"host": platform.node(), "versions": versions(), "after_step": max(step, 0), "said": said}
     runs.write_environment(directory, environment)
     return {
+        "revision": recipe.model.revision,
         "base": base,
         "store": str(prepared.store),
         "rows": outcomes_line(prepared.report),

@@ -31,12 +31,21 @@ class Watchdog:
         self._is_over.set()
 
     def _watch(self) -> None:
-        while not self._is_over.wait(min(self._seconds / 10, 10)):
-            silent_seconds = time.monotonic() - self._heard
-            if silent_seconds < self._seconds:
-                continue
+        tick_seconds = min(self._seconds / 10, 10)
+        before = time.monotonic()
+        while not self._is_over.wait(tick_seconds):
+            now = time.monotonic()
+            if now - before > 2 * tick_seconds + 1:  # the whole process stood still: a suspended job is no hang
+                self._heard = now
+            before = now
+            if now - self._heard >= self._seconds:
+                self._end(now - self._heard)
+
+    def _end(self, silent_seconds: float) -> None:
+        try:
             self._stacks.parent.mkdir(parents=True, exist_ok=True)
             with self._stacks.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
             self._leave_word(f"no progress for {silent_seconds:,.0f} s; the stacks are in {self._stacks}")
+        finally:  # whatever the disk says to that
             os._exit(1)

@@ -235,14 +235,18 @@ def start_ranks(
 
 
 def run_ranks(
-    num_ranks: int, function: Callable[..., Any], *arguments: Any, deepspeed: Path | None = None
+    num_ranks: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    deepspeed: Path | None = None,
+    timeout_seconds: float = RANK_TIMEOUT_SECONDS,
 ) -> list[Any]:
     """`start_ranks`, and the results by rank."""
     children = start_ranks(num_ranks, function, *arguments, deepspeed=deepspeed)
     results = []
     for child, receiver in children:
         succeeded, result = False, "a rank ended without a result, or hung"
-        if receiver.poll(RANK_TIMEOUT_SECONDS):
+        if receiver.poll(timeout_seconds):
             try:
                 succeeded, result = receiver.recv()
             except EOFError:

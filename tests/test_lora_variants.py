@@ -20,7 +20,7 @@ import train
 from launch.adapter import add_adapter, check_targets, trained_kinds
 from launch.config import dump_recipe, load_recipe
 from launch.errors import AdapterError, ConfigError
-from launch.merge import add_lora
+from launch.merge_rule import add_lora
 from launch.model import load_base
 from launch.recipe import LoraBlock, Recipe
 from launch.starting_adapter import fingerprint_starting_adapter, start_from

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from launch.merge import add_lora
 from launch.merge_from_disk import find_source, merge_from_disk
+from launch.merge_rule import add_lora
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -174,7 +174,7 @@ class Loop:
         if not path.exists():
             return 0
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 400))
+            file.seek(max(0, path.stat().st_size - 4000))
             lines = file.read().split(b"\n")[:-1]
         return int(lines[-1].split(b'"step": ')[1].split(b",")[0]) if lines else 0
 
@@ -243,10 +243,8 @@ def run_loop(directory: Path, *, kills: int, seed: int, elastic: bool, launcher:
     straight = world.recipe("straight", train=settings | {"save_steps": steps})  # saves cost time, and change nothing
     ended = world.recipe("ended", train=settings)
     deepspeed = ROOT / "configs/deepspeed/zero3_offload.json" if launcher else deepspeed_json(directory)
-    assert run_ranks(2, recorded, directory / "straight", directory / "log", [str(straight)], deepspeed=deepspeed) == [
-        0,
-        0,
-    ]
+    given = directory / "straight", directory / "log", [str(straight)]
+    assert run_ranks(2, recorded, *given, deepspeed=deepspeed, timeout_seconds=300 + steps) == [0, 0]
     print(f"straight: {steps} steps, {time.monotonic() - began:.0f} s", flush=True)
     chance = random.Random(seed)
     loop = Loop(directory, ended, world.run_directory("ended"), deepspeed, chance)

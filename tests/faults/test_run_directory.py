@@ -299,7 +299,7 @@ def test_ranks_of_a_job_that_was_refused_say_nothing_in_the_place_of_the_owner(
 ) -> None:
     """They lose their rank zero, and would tell that as the failure of the job that runs there."""
     monkeypatch.setenv("MASTER_PORT", "29500")
-    runs.begin(tmp_path, 0)
+    runs.begin(tmp_path, 0, "recipe")
     runs.write_status(tmp_path, "running", "training")
     monkeypatch.setenv("MASTER_PORT", "29501")
     runs.write_failure(tmp_path, "the store is gone")

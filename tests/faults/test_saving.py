@@ -1,5 +1,6 @@
 """Faults while a checkpoint is written: the fault matrix, rows 4 to 7, 17 and 18 to 21."""
 
+import ctypes
 import os
 import re
 import resource
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,56 @@ def test_a_failed_save_is_said_and_training_goes_on(
     assert failed == [2, 4] or (failed == [4] and max_file_bytes == 900), "what had room is in metrics.jsonl"
     assert [path.name for path in checkpoints_directory(directory).iterdir()] == ["step-000006"]
     assert runs.read_status(directory)["state"] == "finished"
+
+
+@pytest.fixture
+def small_disk(world: World) -> Iterator[Path]:
+    """The run directory of `on-a-small-disk` is a file system of one megabyte."""
+    directory = world.run_directory("on-a-small-disk")
+    directory.mkdir(parents=True, exist_ok=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", str(directory).encode(), b"tmpfs", 0, b"size=1m") != 0:
+        pytest.skip(f"no mount here: {os.strerror(ctypes.get_errno())}")
+    try:
+        yield directory
+    finally:
+        libc.umount(str(directory).encode())
+
+
+def filled(directory: Path, free_bytes: int, arguments: list[str]) -> int:
+    """train.py's main on a disk that has so much room left in steps 1 to 4."""
+    real_step = train.engines.step
+    steps = 0
+
+    def counted_step(*given: Any) -> tuple[float, bool]:
+        nonlocal steps
+        steps += 1
+        filler = directory / "logs" / "filler"
+        if steps in (1, 5):
+            filler.parent.mkdir(exist_ok=True)
+            filler.unlink(missing_ok=True)
+        if steps == 1:
+            with filler.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(directory).free - free_bytes)
+        return real_step(*given)
+
+    train.engines.step = counted_step
+    return train.main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free_kilobytes", [0, 4, 8, 12, 16, 24, 32, 40, 48])
+def test_a_disk_that_is_full_at_any_file_of_a_save(
+    world: World, small_disk: Path, free_kilobytes: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """4 kB is the least that a file takes; with a little more room, a later file is the one that fails."""
+    recipe = world.recipe("on-a-small-disk", train=SETTINGS)
+    assert run_ranks(1, filled, small_disk, free_kilobytes * 1024, [str(recipe)]) == [0]
+    said = capfd.readouterr().out
+    assert said.count("failed: ") == 2 and "No space left on device" in said
+    assert [path.name for path in checkpoints_directory(small_disk).iterdir()] == ["step-000006"]
+    verify(path_of_step(small_disk, 6))
+    assert runs.read_status(small_disk)["state"] == "finished"
 
 
 def test_saves_that_keep_failing_end_the_run(world: World, capfd: pytest.CaptureFixture[str]) -> None:

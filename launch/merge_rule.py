@@ -1,0 +1,193 @@
+"""One merged tensor: what it is made of, by which rule, and the proof that it is right.
+
+The rule: the base tensor is cast to the output type, scaling * B A is formed and added in fp32 from the fp32 masters,
+DoRA scales the rows of the sum to its magnitudes, and the result is rounded once.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners import lora as peft_lora
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+from launch import engine as engines
+from launch.adapter import ADAPTER_NAME
+from launch.errors import MergeError
+from launch.shards import Layout, row_blocks
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_PROBE_TOLERANCE = 1e-5  # of |W| |x|, for sums in fp32
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the merged model and what it is made of."""
+
+    name: str  # in the model
+    base: torch.Tensor | None  # a parameter or buffer that is copied or added to
+    trained: torch.nn.Parameter | None = None  # a whole copy that replaces it (modules_to_save, biases)
+    lora: Any = None  # PEFT's layer, whose A and B are added to its weight
+    added_bias: torch.nn.Parameter | None = None  # of B (lora_bias), times the layer's scaling
+    tokens: TrainableTokensLayer | None = None  # rows of it are replaced (trainable_token_indices)
+    # (name, shape) of what the model's files have for it: transformers renames on loading, and fuses experts.
+    published: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    @property
+    def masters(self) -> list[torch.nn.Parameter]:
+        """The trained parameters that it is made of: the copy, the rows, or A, B and DoRA's magnitudes."""
+        if self.tokens is not None:
+            return [self.tokens.trainable_tokens_delta[ADAPTER_NAME]]
+        if self.added_bias is not None:
+            return [self.added_bias]
+        if self.lora is None:
+            return [] if self.trained is None else [self.trained]
+        if isinstance(self.lora, peft_lora.Embedding):
+            return [self.lora.lora_embedding_A[ADAPTER_NAME], self.lora.lora_embedding_B[ADAPTER_NAME]]
+        held = [self.lora.lora_A, self.lora.lora_B, self.lora.lora_magnitude_vector]
+        return [by_adapter[ADAPTER_NAME].weight for by_adapter in held if ADAPTER_NAME in by_adapter]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the merged tensor."""
+        tensor = self.trained if self.base is None else self.base
+        assert tensor is not None
+        return engines.whole_shape(tensor)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight is [in, out], as in an embedding and in GPT-2's Conv1D."""
+        return isinstance(self.lora, peft_lora.Embedding) or bool(getattr(self.lora, "fan_in_fan_out", False))
+
+    def layouts(self, dtype: torch.dtype) -> list[Layout]:
+        """Its place in a file when numbers are written as `dtype`."""
+        tensor = self.trained if self.base is None else self.base
+        assert tensor is not None
+        is_number = tensor.is_floating_point() or is_packed(tensor)
+        published = self.published or ((self.name, self.shape),)
+        return [Layout(name, dtype if is_number else tensor.dtype, shape) for name, shape in published]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a merged tensor is made of, on the CPU of the one that writes it."""
+
+    rows: Callable[[int, int], torch.Tensor]  # [first, last) of the base, or of the trained copy
+    masters: Sequence[torch.Tensor] = ()
+
+
+Opener = Callable[[Part], AbstractContextManager[Pieces]]
+
+
+def is_packed(tensor: torch.Tensor) -> bool:
+    """Whether it holds 4-bit numbers, two in a byte."""
+    return getattr(tensor, "quant_state", None) is not None
+
+
+def choose_dtype(wanted: str, precision: str) -> str:
+    """float16 | bfloat16 | float32. `auto` is the trained type; what was trained in fp32 becomes float16."""
+    return wanted if wanted != "auto" else {"bf16": "bfloat16"}.get(precision, "float16")
+
+
+@dataclass
+class Proof:
+    """What was seen while the tensors were made: by name, the largest rounding error and the probe's deviation."""
+
+    matrices: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, name: str, merged: torch.Tensor, rounded: torch.Tensor, deviation: float) -> None:
+        """A block of a matrix to which something was added, before and after rounding."""
+        error = float((rounded.float() - merged).abs().max()) if merged.numel() else 0.0
+        seen = self.matrices.setdefault(name, {"rounding_error": 0.0, "probe": 0.0})
+        self.matrices[name] = {
+            "rounding_error": max(seen["rounding_error"], error),
+            "probe": max(seen["probe"], deviation),
+        }
+
+
+def add_lora(
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    magnitude: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """W [out, in] + scaling * B [out, r] A [r, in], its rows of DoRA's magnitude [out], before it is rounded.
+
+    Of rows of W, with those rows of B and of the magnitude.
+    """
+    merged = weight.to(dtype).float() + scaling * (lora_b.float() @ lora_a.float())
+    if magnitude is not None:
+        merged *= (magnitude.float() / torch.linalg.norm(merged, dim=1))[:, None]
+    return merged
+
+
+def _deviation(
+    merged: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor | None,
+) -> float:
+    """Of merged @ x from W x + scaling * B (A x) for random x, in terms of |W| |x|; `weight` is in fp32."""
+    x = torch.randn(weight.shape[1], 2, generator=torch.Generator().manual_seed(0))
+    expected = weight @ x + scaling * (lora_b.float() @ (lora_a.float() @ x))
+    if magnitude is not None:
+        # A row of the merged matrix has the length of its magnitude.
+        expected *= (magnitude.float() / torch.linalg.norm(weight + scaling * lora_b.float() @ lora_a.float(), dim=1))[
+            :, None
+        ]
+    size = merged.abs() @ x.abs() + weight.abs() @ x.abs()
+    return float(((merged @ x - expected).abs() / size.clamp_min(1e-30)).max())
+
+
+def merged_blocks(part: Part, pieces: Pieces, dtype: torch.dtype, proof: Proof) -> Iterator[torch.Tensor]:
+    """The rows of a merged tensor, block by block, as they are written.
+
+    Raises MergeError for a block that is not finite in `dtype`, or is not what the adapter makes of the base.
+    """
+    blocks = row_blocks(part.shape)
+    is_matrix = part.lora is not None and part.added_bias is None
+    scaling = float(part.lora.scaling[ADAPTER_NAME]) if part.lora is not None else 0.0
+    if is_matrix and part.is_transposed and len(pieces.masters) > 2:
+        blocks = iter([(0, part.shape[0])])  # DoRA's magnitudes belong to columns here, and want all rows
+    for first, last in blocks:
+        value = pieces.rows(first, last)
+        if part.added_bias is not None:
+            value = (value.to(dtype).float() + scaling * pieces.masters[0][first:last].float()).to(dtype)
+        elif is_matrix:
+            lora_a, lora_b, *magnitudes = pieces.masters
+            magnitude = magnitudes[0] if magnitudes else None
+            if part.is_transposed:
+                weight = value.t()  # [out, rows]
+                lora_a = lora_a[:, first:last]
+            else:
+                weight, lora_b = value, lora_b[first:last]
+                magnitude = None if magnitude is None else magnitude[first:last]
+            merged = add_lora(weight, lora_a, lora_b, scaling, dtype, magnitude)
+            deviation = _deviation(merged, weight.to(dtype).float(), lora_a, lora_b, scaling, magnitude)
+            if not deviation <= _PROBE_TOLERANCE and bool(torch.isfinite(merged).all()):
+                raise MergeError(
+                    f"{part.name}: for a random x the merged matrix gives {deviation:.1e} (of its size) else than base "
+                    "and adapter do; nothing was written, and this is a fault of the merge to be reported."
+                )
+            merged = merged.t() if part.is_transposed else merged
+            value = merged.to(dtype)
+            proof.add(part.name, merged, value, deviation)
+        elif value.is_floating_point():
+            value = value.to(dtype)
+        if part.tokens is not None:
+            value = value.clone()
+            for row, index in enumerate(part.tokens.token_indices[ADAPTER_NAME]):
+                if first <= index < last:
+                    value[index - first] = pieces.masters[0][row].to(dtype)
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise MergeError(
+                f"{part.name} is not finite in {str(dtype).removeprefix('torch.')}; "
+                "set run.merge_dtype to bfloat16 or float32 and run the same command again."
+            )
+        yield value
