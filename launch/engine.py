@@ -290,7 +290,7 @@ def scaler_state(engine: Engine) -> dict[str, float | int]:
 
 
 def restore_scaler(engine: Engine, state: dict[str, float | int]) -> None:
-    """The inverse of `scaler_state`. The precision of a run does not change (checkpoint.check_same_run)."""
+    """The inverse of `scaler_state`. The precision of a run does not change (same_run.check_same_run)."""
     for field, value in state.items():
         if field not in _SCALER_FIELDS:
             raise CheckpointError(f"The checkpoint's loss scaler has a field {field!r} that is not known.")

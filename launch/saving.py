@@ -57,7 +57,7 @@ class Written:
 
 
 class Saves:
-    """The checkpoints of a run. The gather is the only stall; at most one checkpoint is being written.
+    """The checkpoints of a run. The gather is the only stall, unless the save before it is still being written.
 
     A save that fails (the disk is full, or broken) leaves nothing, and the training goes on without it until
     `max_failed_saves` in a row have failed.
