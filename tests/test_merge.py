@@ -87,6 +87,7 @@ def test_one_rounding_rule() -> None:
     assert (twice_rounded != expected).float().mean() > 0.1
 
 
+@pytest.mark.slow
 def test_overflow_is_refused_and_leaves_nothing(any_world: World, capfd: pytest.CaptureFixture[str]) -> None:
     """A weight that float16 cannot hold: one sentence, no directory, and the same command with bfloat16 merges."""
     base = AutoModelForCausalLM.from_pretrained(any_world.base, dtype=torch.float32)

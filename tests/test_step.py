@@ -101,6 +101,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(world: World,
         assert other == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_leaking_model_is_seen_and_padded(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """OPT takes position_ids and logits_to_keep and still lets packed samples see each other."""
     rows = make_rows(50)

@@ -209,6 +209,7 @@ def test_a_stop_during_a_save_waits_for_it_and_saves_each_step_once(
     assert all(torch.equal(found[key], straight[key]) for key in straight)
 
 
+@pytest.mark.slow
 def test_stopped_in_the_last_step_only_what_is_left_is_done(world: World) -> None:
     recipe = world.recipe("at-the-end", train=SETTINGS, run={"merge": True})
     directory = world.run_directory("at-the-end")

@@ -196,6 +196,7 @@ def test_a_disk_without_room_is_refused_before_the_first_step(world: World, capf
     assert runs.read_status(world.run_directory("little-room"))["state"] == "refused"
 
 
+@pytest.mark.slow
 def test_the_best_step_whose_save_failed_is_not_missed_for_ever(
     world: World, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +211,7 @@ def test_the_best_step_whose_save_failed_is_not_missed_for_ever(
     assert runs.read_status(world.run_directory("best-lost"))["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_takes_nothing_with_it(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = world.recipe("tracked", train=SETTINGS, run={"report_to": ["tensorboard"]})
     assert run_ranks(1, limited, 0, [str(recipe)]) == [0]
