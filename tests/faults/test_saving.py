@@ -136,7 +136,7 @@ def small_disk(world: World) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        libc.umount(str(directory).encode())
+        libc.umount2(str(directory).encode(), 2)  # MNT_DETACH: a rank that failed may not be gone yet
 
 
 def filled(directory: Path, free_bytes: int, arguments: list[str]) -> int:
