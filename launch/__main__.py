@@ -297,14 +297,13 @@ def _merge(
     if size is None or float(size[1]) == 0:
         raise ConfigError(f"--max-shard-size {max_shard_size!r} is no size; write 4GB or 500MB.")
     max_shard_size_bytes = int(float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " "))
-    import transformers
-
+    from launch import engine as engines
     from launch.merge_from_disk import find_source, merge_from_disk
     from launch.merge_rule import DTYPES
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r} is not valid; the valid ones are {', '.join(DTYPES)}.")
-    transformers.logging.set_verbosity_error()
+    engines.quiet_libraries()
     found = find_source(source)
     is_run = (source / "recipe.yaml").is_file()
     if output is None and not is_run:
