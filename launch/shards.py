@@ -31,7 +31,7 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-BLOCK_BYTES = 32 << 20  # of fp32: what is in memory at a time
+BLOCK_BYTES = 8 << 20  # of fp32: what is in memory at a time
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
