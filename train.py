@@ -38,14 +38,14 @@ from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingE
 from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
 from launch.merge_rule import DTYPES, choose_dtype
-from launch.model import serving_generation_config, tokenizer_and_template
+from launch.model import serving_generation_config, tokenizer_and_template, with_revision
 from launch.modes import keep_private
 from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
 from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
 from launch.samples import Samples
 from launch.saving import Saves, check_room
-from launch.start import adapted_base, prepare_run, with_revision
+from launch.start import adapted_base, prepare_run
 from launch.trackers import end_trackers, start_trackers
 from launch.vocabulary import load_unquantised
 from launch.watchdog import Watchdog

@@ -19,8 +19,8 @@ from launch import runs
 from launch.adapter import CONFIG_FILE, WEIGHTS_FILE
 from launch.config import load_recipe
 from launch.errors import ModelError, TemplateError, first_line
-from launch.hub import fetch
-from launch.merge_from_disk import BASE_FILES, Source, find_source, resize_as_saved
+from launch.hub import fetch, fetch_model
+from launch.merge_from_disk import Source, find_source, resize_as_saved
 from launch.model import (
     added_token_ids,
     choose_template,
@@ -170,7 +170,7 @@ def load_speaker(
     One without a chat template is asked with that of `like`. Raises ModelError (MergeError for an adapter that is not
     whole) for anything else, and TemplateError when there is no chat template.
     """
-    path, commit = fetch(key, name, BASE_FILES, None, ModelError)
+    path, commit = fetch_model(key, name, None, ModelError)
     if commit is not None and trust_remote_code:
         raise ModelError(
             f"--trust-remote-code is for code that you have read; download {name} and give its directory ({key})."

@@ -9,6 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from launch.errors import LaunchError, first_line
 from launch.modes import as_at_start
 
+_BESIDE_WEIGHTS = ("*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+
 
 def fetch(
     key: str, name: str, files: Sequence[str], revision: str | None, error_class: type[LaunchError]
@@ -30,3 +32,11 @@ def fetch(
             f"{key} = {name} is no directory here and cannot be had from the hub: {first_line(error)}."
         ) from None
     return snapshot, snapshot.name  # a snapshot is named after its commit
+
+
+def fetch_model(key: str, name: str, revision: str | None, error_class: type[LaunchError]) -> tuple[Path, str | None]:
+    """`fetch` of all that a model or an adapter is made of; of weights in two formats, the safetensors alone."""
+    found = fetch(key, name, (*_BESIDE_WEIGHTS, "*.safetensors"), revision, error_class)
+    if any(found[0].glob("*.safetensors")):
+        return found
+    return fetch(key, name, (*_BESIDE_WEIGHTS, "*.bin"), revision, error_class)

@@ -206,15 +206,8 @@ def write_merged(
     """Write the merged model's directory, whole or not at all; parts are opened in the order of `plan_shards`."""
     dtype, proof = DTYPES[dtype_name], Proof()
     shards = plan_shards(parts, dtype, max_shard_size_bytes)
-
     total_bytes = sum(_size_bytes(part, dtype) for part in parts)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(target.parent).free
-    if total_bytes > free_bytes:
-        raise MergeError(
-            f"{target.parent} has room for {format_bytes(free_bytes)}, and the merged model has "
-            f"{format_bytes(total_bytes)}; make room there and run the same command again."
-        )
+    _check_room(target, total_bytes)
 
     def blocks() -> Iterator[Iterator[torch.Tensor]]:
         with tqdm(total=total_bytes, desc="merge", unit="B", unit_scale=True, leave=False, disable=None) as progress:
@@ -238,15 +231,7 @@ def write_merged(
         tokenizer.save_pretrained(str(directory))
         if isinstance(base, PreTrainedModel):
             _check_reload(directory, base)
-        report = {
-            "dtype": dtype_name,
-            "tensors": len(parts),
-            "merged_matrices": len(proof.matrices),
-            "largest_rounding_error": max((seen["rounding_error"] for seen in proof.matrices.values()), default=0.0),
-            "largest_probe_deviation": max((seen["probe"] for seen in proof.matrices.values()), default=0.0),
-            **facts,
-            "matrices": proof.matrices,
-        }
+        report = {"dtype": dtype_name, "tensors": len(parts), **facts, **proof.as_report()}
         write_json(directory / "merge_report.json", report)
         return identities
 
@@ -259,6 +244,16 @@ def write_merged(
             f"{target} could not be written: {getattr(error, 'strerror', None) or error}; nothing was kept, and the "
             "same command begins it again."
         ) from error
+
+
+def _check_room(target: Path, total_bytes: int) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(target.parent).free
+    if total_bytes > free_bytes:
+        raise MergeError(
+            f"{target.parent} has room for {format_bytes(free_bytes)}, and the merged model has "
+            f"{format_bytes(total_bytes)}; make room there and run the same command again."
+        )
 
 
 def _write_shards(

@@ -23,7 +23,7 @@ from launch.adapter import ADAPTER_NAME, CONFIG_FILE, WEIGHTS_FILE
 from launch.config import load_recipe
 from launch.errors import CheckpointError, MergeError
 from launch.fingerprint import fingerprint_base
-from launch.hub import fetch
+from launch.hub import fetch_model
 from launch.merge_rule import Part, Pieces, choose_dtype
 from launch.model import (
     DTYPES,
@@ -31,6 +31,7 @@ from launch.model import (
     build_skeleton,
     resolve_base,
     serving_generation_config,
+    with_revision,
 )
 from launch.recipe import ModelBlock, Recipe
 from launch.remote_code import check_remote_code
@@ -38,7 +39,6 @@ from launch.runs import SAVING
 from launch.shards import Stored, read_model, read_safetensors
 from launch.vocabulary import add_rows, own_rows, row_names, rows_with_mean
 
-BASE_FILES = ("*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja")
 # Ways to begin that take something away from the base, which is then not the one on disk.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -66,8 +66,7 @@ def find_source(path: Path) -> Source:
         if newest:
             state = json.loads((checkpoints.path_of_step(run, newest) / "state.json").read_text(encoding="utf-8"))
             precision = state["identity"]["precision"]
-            revision = state["identity"]["recipe"]["model"]["revision"]  # the commit that it began with
-            recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
+            recipe = with_revision(recipe, state["identity"]["recipe"]["model"]["revision"])  # that it began with
         if (run / "data_report.json").is_file():  # none: nothing was prepared, and there is no adapter either
             report = json.loads((run / "data_report.json").read_text(encoding="utf-8"))
             stop_tokens = tuple(report["answers"]["stop_tokens"])
@@ -101,11 +100,8 @@ def merge_from_disk(
     else, unless `overwrite`.
     """
     peft_config = _peft_config(source.adapter)
-    settings = _settings(source, base or str(peft_config.base_model_name_or_path), trust_remote_code)
-    name = str(resolve_base(source.recipe)) if source.recipe and base is None else settings.name_or_path
-    directory, commit = fetch("The base", name, (*BASE_FILES, "*.safetensors"), settings.revision, MergeError)
-    if not any(directory.glob("*.safetensors")):
-        directory, commit = fetch("The base", name, (*BASE_FILES, "*.bin"), settings.revision, MergeError)
+    name, settings = _base(source, base, str(peft_config.base_model_name_or_path), trust_remote_code)
+    directory, commit = fetch_model("The base", name, settings.revision, MergeError)
     check_remote_code(settings, directory, commit, consent="give --trust-remote-code")
     stored = read_model(directory)
     trained = read_safetensors(source.adapter / WEIGHTS_FILE)
@@ -117,26 +113,13 @@ def merge_from_disk(
         return False
 
     tokenizer = _tokenizer(source, directory, settings)
-    skeleton = build_skeleton(str(directory), settings)
-    if not isinstance(skeleton, PreTrainedModel):
-        raise MergeError(
-            f"{directory}: its model cannot be made without weights, so it merges at the end of a run only."
-        )
-    if (directory / "generation_config.json").is_file():
-        skeleton.generation_config = GenerationConfig.from_pretrained(str(directory))
     added = added_token_ids(tokenizer, str(directory), settings) if source.recipe else set()
-    own = own_rows(skeleton, tokenizer, added) if added else []
-    add_rows(skeleton, added)
-    resize_as_saved(skeleton, trained)
-    skeleton.tie_weights()
-    by_token = row_names(skeleton)
-    own_names: dict[int, list[str]] = {}
-    for name_of_one, parameter in skeleton.named_parameters(remove_duplicate=False):
-        own_names.setdefault(id(parameter), []).append(name_of_one)
+    skeleton, own = _skeleton(directory, settings, tokenizer, added, trained)
+    by_token, names = row_names(skeleton), _names(skeleton)
     model = get_peft_model(skeleton, peft_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     keys = _keys(model, trained)
     parts, ties = merging.plan_merge(model)
-    parts, on_disk = _on_disk(parts, stored, trained, skeleton.base_model_prefix, by_token, own_names)
+    parts, on_disk = _on_disk(parts, stored, trained, skeleton.base_model_prefix, by_token, names)
     dtype = DTYPES[source.precision or "fp32"]  # that the base had while rows were added to it
     for path in target.parent.glob(f"{SAVING}{glob.escape(target.name)}-*"):  # of a merge that was killed
         shutil.rmtree(path, ignore_errors=True)
@@ -155,6 +138,36 @@ def merge_from_disk(
     return True
 
 
+def _skeleton(
+    directory: Path,
+    settings: ModelBlock,
+    tokenizer: PreTrainedTokenizerBase,
+    added: Set[int],
+    trained: Mapping[str, Stored],
+) -> tuple[PreTrainedModel, list[int]]:
+    """(the base without its weights but with rows for what was added, the rows that it had, if some were)."""
+    skeleton = build_skeleton(str(directory), settings)
+    if skeleton is None:
+        raise MergeError(
+            f"{directory}: its model cannot be made without weights, so it merges at the end of a run only."
+        )
+    if (directory / "generation_config.json").is_file():
+        skeleton.generation_config = GenerationConfig.from_pretrained(str(directory))
+    own = own_rows(skeleton, tokenizer, added) if added else []
+    add_rows(skeleton, added)
+    resize_as_saved(skeleton, trained)
+    skeleton.tie_weights()
+    return skeleton, own
+
+
+def _names(skeleton: PreTrainedModel) -> dict[int, list[str]]:
+    """Of each parameter, by identity; tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
 def _peft_config(directory: Path) -> LoraConfig:
     config = PeftConfig.from_pretrained(str(directory))
     if not isinstance(config, LoraConfig):
@@ -171,12 +184,17 @@ def _peft_config(directory: Path) -> LoraConfig:
     return config
 
 
-def _settings(source: Source, base: str, trust_remote_code: bool) -> ModelBlock:
+def _base(source: Source, base: str | None, of_adapter: str, trust_remote_code: bool) -> tuple[str, ModelBlock]:
+    """(where the base is, how it is read): the one that is asked for, the run's, or that of the adapter's config."""
     if source.recipe is None:
-        return ModelBlock(name_or_path=base, trust_remote_code=trust_remote_code)
+        name = base or of_adapter
+        return name, ModelBlock(name_or_path=name, trust_remote_code=trust_remote_code)
     if source.recipe.model.factory is not None:
         raise MergeError(f"{source.adapter}: a model of a factory is merged at the end of its run only.")
-    return source.recipe.model.model_copy(update={"load_in_4bit": False})
+    settings = source.recipe.model.model_copy(update={"load_in_4bit": False})
+    if base is None:
+        return str(resolve_base(source.recipe)), settings
+    return base, settings.model_copy(update={"name_or_path": base, "revision": None})
 
 
 def _dtype_name(source: Source, stored: Mapping[str, Stored]) -> str:

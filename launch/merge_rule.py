@@ -100,11 +100,19 @@ class Proof:
     def add(self, name: str, merged: torch.Tensor, rounded: torch.Tensor, deviation: float) -> None:
         """A block of a matrix to which something was added, before and after rounding."""
         error = float((rounded.float() - merged).abs().max()) if merged.numel() else 0.0
-        seen = self.matrices.setdefault(name, {"rounding_error": 0.0, "probe": 0.0})
+        seen = self.matrices.setdefault(name, {"rounding_error": 0.0, "probe_deviation": 0.0})
         self.matrices[name] = {
             "rounding_error": max(seen["rounding_error"], error),
-            "probe": max(seen["probe"], deviation),
+            "probe_deviation": max(seen["probe_deviation"], deviation),
         }
+
+    def as_report(self) -> dict[str, Any]:
+        """For merge_report.json: the largest of each, and all of them."""
+        largest = {
+            f"largest_{name}": max((seen[name] for seen in self.matrices.values()), default=0.0)
+            for name in ("rounding_error", "probe_deviation")
+        }
+        return {"merged_matrices": len(self.matrices), **largest, "matrices": self.matrices}
 
 
 def add_lora(
@@ -136,11 +144,9 @@ def _deviation(
     """Of merged @ x from W x + scaling * B (A x) for random x, in terms of |W| |x|; `weight` is in fp32."""
     x = torch.randn(weight.shape[1], 2, generator=torch.Generator().manual_seed(0))
     expected = weight @ x + scaling * (lora_b.float() @ (lora_a.float() @ x))
-    if magnitude is not None:
-        # A row of the merged matrix has the length of its magnitude.
-        expected *= (magnitude.float() / torch.linalg.norm(weight + scaling * lora_b.float() @ lora_a.float(), dim=1))[
-            :, None
-        ]
+    if magnitude is not None:  # each row of the merged matrix has its length
+        lengths = torch.linalg.norm(weight + scaling * lora_b.float() @ lora_a.float(), dim=1)
+        expected *= (magnitude.float() / lengths)[:, None]
     size = merged.abs() @ x.abs() + weight.abs() @ x.abs()
     return float(((merged @ x - expected).abs() / size.clamp_min(1e-30)).max())
 
@@ -188,6 +194,6 @@ def merged_blocks(part: Part, pieces: Pieces, dtype: torch.dtype, proof: Proof) 
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise MergeError(
                 f"{part.name} is not finite in {str(dtype).removeprefix('torch.')}; "
-                "set run.merge_dtype to bfloat16 or float32 and run the same command again."
+                "set run.merge_dtype (or --dtype) to bfloat16 or float32 and run the same command again."
             )
         yield value

@@ -19,7 +19,7 @@ _parent = os.getppid()
 
 
 def end_when_asked(leave_word: Callable[[], None]) -> None:
-    """Until `remember_signals`, SIGTERM, SIGUSR1 and SIGINT end this process at once, after `leave_word`.
+    """Until `remember_signals`, the signals that ask to stop end this process at once, after `leave_word`.
 
     So does one that is remembered and was not acted on.
     """
@@ -34,7 +34,7 @@ def end_when_asked(leave_word: Callable[[], None]) -> None:
 
 
 def remember_signals(leave_word: Callable[[], None]) -> None:
-    """SIGTERM, SIGUSR1 and SIGINT are remembered; the ranks agree on the stop in the step's own reduction.
+    """The signals that ask to stop are remembered; the ranks agree on the stop in the step's own reduction.
 
     After a SIGINT a second signal ends this process at once, after `leave_word`: of two Ctrl-C in a terminal torch's
     launcher passes the second one on as SIGTERM.

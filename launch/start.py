@@ -29,6 +29,7 @@ from launch.model import (
     load_base,
     resolve_base,
     tokenizer_and_template,
+    with_revision,
 )
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.report import Stopwatch
@@ -49,11 +50,6 @@ def commit_of_base(model: ModelBlock, checkpoint: Resumable | None) -> str | Non
         if kind == "commit":
             return str(commit)
     return fetch("model.name_or_path", model.name_or_path, ["config.json"], None, ModelError)[1]
-
-
-def with_revision(recipe: Recipe, revision: str | None) -> Recipe:
-    """The recipe with this model.revision."""
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
 
 
 def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[str, Any]:

@@ -4,7 +4,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from launch import preemption, runs
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 RANK_TIMEOUT_SECONDS = 300
+ON_DISK = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 
 
@@ -279,3 +282,25 @@ def _be_a_rank(
 def launch(recipe: Path, num_ranks: int, *overrides: str, deepspeed: Path | None = None) -> None:
     """train.py's main on forked ranks; every rank must succeed."""
     assert run_ranks(num_ranks, train.main, [str(recipe), *overrides], deepspeed=deepspeed) == [0] * num_ranks
+
+
+def killed_before(number: int, where: str, work: Callable[[], object]) -> int:
+    """Do this; the process kills itself before the `number`th thing that it does to a path with `where` in it.
+
+    That is: make, write, rename, remove. How many there were, if it lives (0: none kills).
+    """
+    seen = 0
+
+    def hook(event: str, details: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in ON_DISK or not details or where not in str(details[0]):
+            return
+        if event == "open" and not (isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)):
+            return  # for reading
+        seen += 1
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    work()
+    return seen

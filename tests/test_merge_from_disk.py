@@ -1,24 +1,23 @@
 """`python -m launch merge`: the bytes that PEFT's own merge in fp32 gives, and one sentence for what does not fit."""
 
 import json
-import os
 import resource
 import shutil
-import signal
-import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import World, build_tokenizer, launch, run_ranks
+from conftest import World, build_tokenizer, killed_before, launch, run_ranks
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_cli import python_m_launch
 from transformers import AutoModelForCausalLM
 
+from launch import hub
 from launch.checkpoint import path_of_step
 from launch.errors import MergeError
 from launch.merge_from_disk import find_source, merge_from_disk
@@ -152,6 +151,40 @@ def test_a_base_in_a_pickle_is_read_and_nothing_in_it_runs(tmp_path: Path) -> No
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
+def test_the_base_that_is_asked_for_is_the_one(tmp_path: Path, world: World) -> None:
+    """A run's as well: its base may have been moved."""
+    launch(world.recipe("moved", train={"max_steps": 2}, run={"merge": True}), 1)
+    run = world.run_directory("moved")
+    shutil.copytree(world.base, tmp_path / "elsewhere")
+    tensors = load_file(tmp_path / "elsewhere" / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, tmp_path / "elsewhere" / "model.safetensors", metadata={"format": "pt"})
+    base = str(tmp_path / "elsewhere")
+    assert merge_from_disk(find_source(run), tmp_path / "merged", base=base, max_shard_size_bytes=10**9)
+    ours, of_run = (
+        load_file(place / "model.safetensors")["model.norm.weight"] for place in (tmp_path / "merged", run / "merged")
+    )
+    assert torch.equal(ours, of_run + 1)
+
+
+@pytest.mark.parametrize(
+    ("there", "fetched"), [(("a.safetensors", "a.bin"), {"a.safetensors"}), (("a.bin",), {"a.bin"})]
+)
+def test_of_weights_in_two_formats_one_comes_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], fetched: set[str]
+) -> None:
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        for file in ("config.json", *there):
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    hub.fetch_model("The base", "owner/name", None, MergeError)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json"} | fetched
+
+
 # ---- what is refused, in one sentence, and leaves nothing ----
 
 
@@ -283,22 +316,8 @@ def test_another_merge_is_not_written_over_unasked(tmp_path: Path) -> None:
 
 
 def interrupted_at(number: int, directory: Path) -> int:
-    """`merge`; the process kills itself before the `number`th file or directory that it makes, renames or removes."""
-    seen = 0
-
-    def hook(event: str, details: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event not in ("open", "os.mkdir", "os.rename", "shutil.rmtree") or "merged" not in str(details[0]):
-            return
-        if event == "open" and not (isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)):
-            return  # for reading
-        seen += 1
-        if seen == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    merge(directory)
-    return seen
+    """`merge`; the process kills itself before the `number`th thing that it does on the disk."""
+    return killed_before(number, "merged", lambda: merge(directory))
 
 
 def model_files(directory: Path) -> dict[str, bytes]:

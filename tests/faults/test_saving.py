@@ -5,16 +5,14 @@ import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, World, launch, run_ranks
+from conftest import ROOT, World, killed_before, launch, run_ranks
 from safetensors.torch import load_file
 from test_launch import command
 from test_resume import stop_at
@@ -24,26 +22,11 @@ from launch import runs
 from launch.checkpoint import checkpoints_directory, find_resumable, path_of_step, verify
 
 SETTINGS = {"max_steps": 6, "save_steps": 2, "save_seconds": 1e6}
-ON_DISK = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
 def interrupted_at(number: int, arguments: list[str]) -> int:
     """train.py's main; the process kills itself before the `number`th thing that it does in `checkpoints`."""
-    seen = 0
-
-    def hook(event: str, details: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event not in ON_DISK or not details or "checkpoints" not in str(details[0]):
-            return
-        if event == "open" and not (isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)):
-            return  # for reading
-        seen += 1
-        if seen == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
-    train.main(arguments)
-    return seen
+    return killed_before(number, "checkpoints", lambda: train.main(arguments))
 
 
 @pytest.fixture(scope="module")
