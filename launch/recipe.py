@@ -277,8 +277,7 @@ class RunBlock(Block):
     grace_seconds: float | None = Field(None, gt=0)  # SIGTERM to SIGKILL; None: as long as torch's launcher waits
     process_group_timeout_seconds: int = Field(1800, ge=10)
     max_requeues: int = Field(200, ge=0)  # of a Slurm job
-    # Keys that may differ from the checkpoint's though the result depends on them, such as train.learning_rate.
-    allow_change: Names = ()
+    allow_change: Names = ()  # keys that may differ from the checkpoint's though the result depends on them
 
 
 class Recipe(Block):

@@ -3,24 +3,17 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 from launch import preflight, runs, slurm
 from launch.config import DEFAULT_RECIPE, dump_recipe, is_override
-from launch.data import conversations
-from launch.errors import ConfigError, DataError, RunInUseError
-from launch.formats import BadRowError
-from launch.ledger import Work, render
+from launch.data import check_beginnings
+from launch.errors import ConfigError, RunInUseError
 from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
 from launch.modes import keep_private
 from launch.recipe import TINY_MODEL_NAME, Recipe
 from launch.starting_adapter import fingerprint_starting_adapter
 from launch.table import format_table
-from launch.templates import prove_mask
-from launch.tokens import special_pattern, tokenise
-
-NUM_SAMPLE_ROWS = 200
 
 
 def submit(
@@ -105,26 +98,9 @@ def _check_queue(directory: Path) -> None:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    """The base's config, the adapter's targets, the template, and as many rows as can be read at once."""
+    """The base's config, the adapter's targets, the template, and the first rows of every source."""
     preflight.check(recipe)
     is_tiny = recipe.model.name_or_path == TINY_MODEL_NAME
     check_adapter_fits(TINY_MODEL_NAME if is_tiny else resolve_base(recipe), recipe)
     fingerprint_starting_adapter(recipe.adapter)
-    tokenizer, template = tokenizer_and_template(recipe)
-    prove_mask(template)
-    work = Work(recipe.data, {}, template, tokenizer, special_pattern(tokenizer))
-    first_fault: BadRowError | None = None
-    first_id, num_good = "", 0
-    for row_id, conversation in islice(conversations(recipe), NUM_SAMPLE_ROWS):
-        try:
-            if isinstance(conversation, BadRowError):
-                raise conversation
-            tokenise([render(conversation, work, row_id)], [conversation.trained_answers], tokenizer)
-            num_good += 1
-        except BadRowError as error:
-            first_fault, first_id = first_fault or error, first_id or row_id
-    if first_fault is not None and num_good == 0:
-        raise DataError(
-            f"None of the first rows can be used; {first_id} is {first_fault.reason}: {first_fault.detail}; see what "
-            "became of each with python -m launch data."
-        )
+    check_beginnings(recipe, tokenizer_and_template(recipe))
