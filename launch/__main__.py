@@ -71,6 +71,7 @@ def submit(
     constraint: Annotated[str | None, typer.Option()] = None,
     mem: Annotated[str | None, typer.Option(help="Of a node; all others as slurm.OPTION=VALUE.")] = None,
     processes_per_node: Annotated[int | None, typer.Option(min=1, show_default="its GPUs, else 1")] = None,
+    python: Annotated[Path | None, typer.Option(help="Of the ranks, such as a script that enters a container.")] = None,
     config_file: Annotated[Path, typer.Option(help="Of accelerate launch.")] = Path("configs/accelerate/zero3.yaml"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job, and write and submit nothing.")] = False,
 ) -> None:
@@ -83,7 +84,14 @@ def submit(
         recipe = parse_command_line(given)
         from launch.submit import submit as submit_job
 
-        submit_job(recipe, given, config_file=config_file, processes_per_node=processes_per_node, is_dry_run=dry_run)
+        submit_job(
+            recipe,
+            given,
+            config_file=config_file,
+            processes_per_node=processes_per_node,
+            rank_python=python,
+            is_dry_run=dry_run,
+        )
 
     _refuse_in_one_sentence(work)
 

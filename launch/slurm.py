@@ -38,7 +38,8 @@ class JobText:
     """All that a job's text is made of."""
 
     run_name: str
-    python: str
+    python: str  # which asks Slurm
+    rank_python: str  # which trains: the same, or what enters a container
     checkout: str
     log: str
     config_file: str  # of accelerate launch

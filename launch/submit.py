@@ -1,5 +1,6 @@
 """A recipe becomes a job in the queue: what can be checked without a GPU is, and then sbatch is called."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,13 @@ from launch.table import format_table
 
 
 def submit(
-    recipe: Recipe, arguments: Sequence[str], *, config_file: Path, processes_per_node: int | None, is_dry_run: bool
+    recipe: Recipe,
+    arguments: Sequence[str],
+    *,
+    config_file: Path,
+    processes_per_node: int | None,
+    rank_python: Path | None,
+    is_dry_run: bool,
 ) -> None:
     """Check the recipe, write its job and hand it to Slurm; with `is_dry_run`, print the job and write nothing.
 
@@ -29,10 +36,14 @@ def submit(
         raise ConfigError(f"{Path.cwd()} has no train.py for the job to run; go to the checkout first.")
     if not config_file.is_file():
         raise ConfigError(f"--config-file {config_file}: there is no such file.")
+    if rank_python is not None and not os.access(rank_python, os.X_OK):
+        raise ConfigError(
+            f"--python {rank_python}: there is no such program; give an interpreter, or a script that is one."
+        )
     if runs.is_finished(directory, dump_recipe(recipe)):
         print(f"{directory} is finished; nothing is submitted.")
         return
-    text, why = _job_text(recipe, arguments, config_file, processes_per_node)
+    text, why = _job_text(recipe, arguments, config_file, processes_per_node, rank_python or Path(sys.executable))
     rendered = text.render()
     _check_queue(directory)
     _check_recipe(recipe)
@@ -62,7 +73,7 @@ def submit(
 
 
 def _job_text(
-    recipe: Recipe, arguments: Sequence[str], config_file: Path, processes_per_node: int | None
+    recipe: Recipe, arguments: Sequence[str], config_file: Path, processes_per_node: int | None, rank_python: Path
 ) -> tuple[slurm.JobText, str]:
     """(the job, why its ranks are asked to stop as early as they are)."""
     given = [f"./{name}" if name.startswith("-") else name for name in arguments]
@@ -72,6 +83,7 @@ def _job_text(
     text = slurm.JobText(
         run_name=recipe.run.name,
         python=sys.executable,
+        rank_python=str(rank_python.absolute()),
         checkout=str(Path.cwd()),
         log=str((recipe.run_directory / slurm.LOG_FILE).absolute()),
         config_file=str(config_file),

@@ -50,8 +50,8 @@ elif name == "srun":  # as on two nodes
         code = subprocess.run(command, env=variables).returncode
         if code:
             sys.exit(code)
-elif name == "python":
-    if "accelerate.commands.launch" in argv:
+elif name in ("python", "accelerate"):
+    if "train.py" in argv:
         (here / "ranks").is_file() and exec((here / "ranks").read_text())
     else:
         os.execv(sys.executable, [sys.executable, *argv])
@@ -91,6 +91,7 @@ def job_text(**changes: Any) -> JobText:
     values: dict[str, Any] = {
         "run_name": "alpha",
         "python": "/opt/py thon/bin/python",
+        "rank_python": changes.get("python", "/opt/py thon/bin/python"),
         "checkout": "/home/me/cairn",
         "log": "/home/me/cairn/runs/alpha/logs/job.log",
         "config_file": "configs/accelerate/zero3.yaml",
@@ -460,6 +461,40 @@ def test_requeues_are_capped_and_end_when_nothing_newer_is_saved() -> None:
     in_vain = Ending("preempted", "asked to stop", RUNNING, 0, max_requeues=200, num_in_vain=3)
     assert not decide(in_vain).requeues and "3 restarts in a row saved nothing newer" in decide(in_vain).reason
     assert decide(Ending("preempted", "asked", ASKED_TO_GO, 0, max_requeues=200, num_in_vain=3)).requeues
+
+
+# ---- the examples ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one_node", "many_nodes", "array"])
+def test_the_examples_train_what_they_are_given(cluster: Path, checkout: Path, tmp_path: Path, name: str) -> None:
+    """As sbatch runs them: with its arguments, in the directory that it was called in."""
+    (checkout / ".venv" / "bin").mkdir(parents=True)
+    for program in ("python", "accelerate"):
+        (checkout / ".venv" / "bin" / program).symlink_to(cluster / "python")
+    given = [f"{HOSTILE}.yaml", "run.name=example"] if name != "array" else ["other.yaml", f"{HOSTILE}.yaml"]
+    directory = checkout / "runs" / "example"
+    if name == "array":
+        directory = tmp_path / "example"
+        (checkout / given[1]).write_text(f"run: {{name: example, output_dir: {tmp_path}}}\n", encoding="utf-8")
+    ends_with(cluster, directory, "finished", "every step is done")
+    environment = os.environ | {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / f"{name}.sbatch", *given],
+        cwd=checkout,
+        env=environment | {"SLURM_ARRAY_TASK_ID": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (launched, _), *others = [call for call in calls(cluster, "accelerate") if "train.py" in call[0]]
+    assert launched[launched.index("train.py") + 1 :] == (given if name != "array" else given[1:])
+    assert launched[launched.index("--num_processes") + 1] == ("8" if name == "many_nodes" else "4")
+    if name == "many_nodes":
+        assert [argv[argv.index("--machine_rank") + 1] for argv, _ in others] == ["1"]
+        assert launched[launched.index("--main_process_ip") + 1] == "10.0.0.1"
 
 
 # ---- submit ----
