@@ -25,6 +25,7 @@ from launch.modes import keep_private
 
 REQUEUES_FILE = "requeues.jsonl"  # of a run directory: every start but the first of its jobs, and why
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
+_NEAR_SECONDS = 3600.0  # to the time limit, when it may have to do with a stop
 _ANSWERS = 5  # tries, of a controller that is busy with a failure
 _SECONDS_BETWEEN = 6.0
 
@@ -119,6 +120,7 @@ class Ending:
     job: slurm.QueuedJob | None  # None: Slurm does not answer, or does not know it any more
     num_restarts: int  # of this start; Slurm counts up as soon as a job is requeued
     max_requeues: int
+    seconds_left: float  # of the time limit
     num_in_vain: int  # restarts in a row that saved nothing newer; those that were preempted are no fault of the job
 
 
@@ -147,13 +149,13 @@ def decide(ending: Ending) -> Decision:
         return Decision(False, f"{state}: {reason}", 2 if state == "refused" else 1)
     if state is None and not is_asked_to_go:
         return Decision(False, "it ended before the run began; what was printed above says why", 1)
-    why = {
-        "preempted": reason,
-        "failed": f"preempted, and then {reason}",
-        None: "preempted before the run began",
-    }.get(state, f"killed while {state}")
-    if is_over_time:
-        why = f"the time limit ended it while {state}"
+    why = {"preempted": reason, "failed": reason, None: "the run had not begun"}.get(state, f"killed while {state}")
+    if is_asked_to_go:
+        why = f"preempted by Slurm; {why}"
+    elif is_over_time:
+        why = f"the time limit is reached; {why}"
+    elif ending.seconds_left < _NEAR_SECONDS:
+        why = f"{ending.seconds_left:,.0f} s before its time limit; {why}"
     if not is_asked_to_go and ending.num_in_vain >= runs.MAX_RESTARTS_IN_VAIN:
         vain = f"{ending.num_in_vain} restarts in a row saved nothing newer"
         return Decision(False, f"{why}; {vain}; give the job more slurm.time, and submit it again", 1)
@@ -176,6 +178,7 @@ def end(exit_code: int, started_unix_seconds: float, arguments: Sequence[str]) -
         job,
         _num_restarts(),
         _max_requeues(arguments),
+        float(os.environ.get("SLURM_JOB_END_TIME", "inf")) - time.time(),
         _num_in_vain(directory),
     )
     decision = decide(ending)

@@ -1,6 +1,7 @@
 """submit and the job: its text, which bash really runs, with srun, scontrol and squeue that put down what they get."""
 
 import json
+import math
 import os
 import platform
 import signal
@@ -451,16 +452,33 @@ TIME_IS_UP = QueuedJob("COMPLETING", "TimeLimit", 0, is_preempted=False)
     ],
 )
 def test_who_is_requeued(state: str | None, job: QueuedJob | None, requeues: bool, exit_code: int) -> None:
-    decision = decide(Ending(state, "why", job, 0, max_requeues=200, num_in_vain=0))
+    decision = decide(Ending(state, "why", job, 0, max_requeues=200, seconds_left=math.inf, num_in_vain=0))
     assert (decision.requeues, decision.exit_code) == (requeues, exit_code)
 
 
 def test_requeues_are_capped_and_end_when_nothing_newer_is_saved() -> None:
-    ending = Ending("preempted", "asked to stop", RUNNING, 0, max_requeues=0, num_in_vain=0)
+    ending = Ending("preempted", "asked to stop", RUNNING, 0, max_requeues=0, seconds_left=math.inf, num_in_vain=0)
     assert decide(ending) == Decision(False, "asked to stop; run.max_requeues = 0 is reached; submit it again", 1)
-    in_vain = Ending("preempted", "asked to stop", RUNNING, 0, max_requeues=200, num_in_vain=3)
+    in_vain = Ending("preempted", "asked to stop", RUNNING, 0, max_requeues=200, seconds_left=math.inf, num_in_vain=3)
     assert not decide(in_vain).requeues and "3 restarts in a row saved nothing newer" in decide(in_vain).reason
-    assert decide(Ending("preempted", "asked", ASKED_TO_GO, 0, max_requeues=200, num_in_vain=3)).requeues
+    assert decide(
+        Ending("preempted", "asked", ASKED_TO_GO, 0, max_requeues=200, seconds_left=math.inf, num_in_vain=3)
+    ).requeues
+
+
+@pytest.mark.parametrize(
+    ("state", "job", "seconds_left", "reason"),
+    [
+        ("preempted", ASKED_TO_GO, 9000.0, "preempted by Slurm; why"),
+        ("running", ASKED_TO_GO, 9000.0, "preempted by Slurm; killed while running"),
+        (None, ASKED_TO_GO, 9000.0, "preempted by Slurm; the run had not begun"),
+        ("preempted", RUNNING, 95.0, "95 s before its time limit; why"),
+        ("preempted", RUNNING, 9000.0, "why"),
+        ("running", TIME_IS_UP, -2.0, "the time limit is reached; killed while running"),
+    ],
+)
+def test_why_a_job_is_requeued(state: str | None, job: QueuedJob, seconds_left: float, reason: str) -> None:
+    assert decide(Ending(state, "why", job, 0, 200, seconds_left, 0)).reason == reason
 
 
 # ---- the examples ----
