@@ -22,6 +22,7 @@ from launch import runs, slurm
 from launch.config import intended_run_directory, parse_command_line
 from launch.errors import ConfigError, LaunchError
 from launch.modes import keep_private
+from launch.recipe import Recipe
 
 REQUEUES_FILE = "requeues.jsonl"  # of a run directory: every start but the first of its jobs, and why
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
@@ -171,13 +172,13 @@ def end(exit_code: int, started_unix_seconds: float, arguments: Sequence[str]) -
     directory = intended_run_directory(arguments)
     status = runs.read_status(directory)
     is_of_this_start = status.get("unix_seconds", 0) >= started_unix_seconds  # by the clock of this very node
-    job = _ask_slurm()
+    job, recipe = _ask_slurm(), _recipe(arguments)
     ending = Ending(
         status["state"] if is_of_this_start else None,
         status["reason"] if is_of_this_start else "",
         job,
         _num_restarts(),
-        _max_requeues(arguments),
+        recipe.run.max_requeues if recipe else 0,
         float(os.environ.get("SLURM_JOB_END_TIME", "inf")) - time.time(),
         _num_in_vain(directory),
     )
@@ -263,11 +264,12 @@ def _num_restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def _max_requeues(arguments: Sequence[str]) -> int:
+def _recipe(arguments: Sequence[str]) -> Recipe | None:
+    """None for one that does not load any more, for which a start is refused."""
     try:
-        return parse_command_line(arguments).run.max_requeues
-    except ConfigError:  # changed since it was submitted: the start was refused
-        return 0
+        return parse_command_line(arguments)
+    except ConfigError:
+        return None
 
 
 def _ask_slurm() -> slurm.QueuedJob | None:
@@ -311,7 +313,8 @@ def _node_of(line: str) -> dict[str, Any] | None:
 
 def main(arguments: Sequence[str]) -> int:
     """`start ARGUMENT...`, `facts`, `compare PROCESSES ARGUMENT...`, `end CODE STARTED ARGUMENT...` of train.py."""
-    keep_private(group_readable=False)
+    recipe = _recipe(arguments[{"compare": 2, "end": 3}.get(arguments[0], 1) :]) if arguments else None
+    keep_private(group_readable=recipe is not None and recipe.run.group_readable)
     match arguments:
         case ["start", *rest]:
             return start(rest)

@@ -551,6 +551,20 @@ def test_submit_writes_the_job_and_says_how_to_follow_it(
     assert len(calls(cluster, "sbatch")) == 2
 
 
+def test_a_job_that_slurm_has_forgotten_and_one_of_another_cluster(world: World, cluster: Path) -> None:
+    (cluster / "elsewhere").touch()
+    recipe = world.recipe("forgotten")
+    assert submit(recipe)[0] == 0
+    (cluster / "queue").write_text("CLUSTER: elsewhere\nRUNNING None 0 N/A")
+    assert submit(recipe)[0] == 2
+    assert all(argv[:2] == ["-M", "elsewhere"] for argv, _ in calls(cluster, "squeue"))
+    (cluster / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
+    assert submit(recipe)[0] == 0
+    (cluster / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    code, _, err = submit(recipe)
+    assert (code, err) == (2, "Refused: squeue says: Unable to contact slurm controller.\n")
+
+
 def test_a_run_that_is_running_is_not_submitted(world: World, cluster: Path) -> None:
     recipe = world.recipe("busy")
     with runs.open_run(world.run_directory("busy")):
