@@ -397,7 +397,7 @@ def test_what_cannot_go_on_is_not_requeued(in_a_job: Path, cluster: Path, state:
     directory.mkdir(parents=True)
     runs.write_status(directory, state or "preempted", "because")
     started = runs.read_status(directory)["unix_seconds"] + (-1 if state else 1)
-    assert batch_step.end(1, started, ["recipe.yaml"]) == code
+    assert batch_step.end(1, started, [str(ROOT / "configs/recipes/tiny.yaml"), "run.name=recipe"]) == code
     assert calls(cluster, "scontrol") == []
 
 
