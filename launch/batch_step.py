@@ -20,7 +20,7 @@ from typing import Any
 
 from launch import runs, slurm
 from launch.config import intended_run_directory, parse_command_line
-from launch.errors import ConfigError, LaunchError
+from launch.errors import ConfigError, LaunchError, PreflightError, SlurmError
 from launch.modes import keep_private
 from launch.recipe import Recipe
 
@@ -257,7 +257,9 @@ def _last_word(directory: Path) -> str:
 
 
 def _job_id() -> str:
-    return os.environ["SLURM_JOB_ID"]
+    """As Slurm's commands take it: the number of an array's last task alone is that of the whole array."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def _num_restarts() -> int:
@@ -276,9 +278,12 @@ def _ask_slurm() -> slurm.QueuedJob | None:
     for _ in range(_ANSWERS):
         try:
             return slurm.queued_job(_job_id())
-        except LaunchError as error:
+        except SlurmError as error:
             print(f"{error}", file=sys.stderr, flush=True)
             time.sleep(_SECONDS_BETWEEN)
+        except PreflightError as error:  # a node without Slurm's commands
+            print(f"{error}", file=sys.stderr, flush=True)
+            break
     return None
 
 

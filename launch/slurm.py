@@ -182,7 +182,7 @@ def _call(program: str, *arguments: str, environment: Mapping[str, str] | None =
     """Its standard output."""
     path = shutil.which(program)
     if path is None:
-        raise PreflightError(f"There is no {program} on this machine; this is for a login node of a Slurm cluster.")
+        raise PreflightError(f"There is no {program} on this machine; that is for the nodes of a Slurm cluster.")
     try:
         done = subprocess.run(
             [path, *arguments], capture_output=True, text=True, timeout=_ANSWER_SECONDS, env=environment, check=False

@@ -262,6 +262,7 @@ def ends_with(cluster: Path, run_directory: Path, state: str, reason: str = "bec
     )
 
 
+@pytest.mark.slow
 def test_hostile_names_arrive_intact_and_every_node_has_its_rank(cluster: Path, checkout: Path, tmp_path: Path) -> None:
     python = tmp_path / f"bin {HOSTILE}" / "python"
     python.parent.mkdir()
@@ -399,6 +400,20 @@ def test_what_cannot_go_on_is_not_requeued(in_a_job: Path, cluster: Path, state:
     started = runs.read_status(directory)["unix_seconds"] + (-1 if state else 1)
     assert batch_step.end(1, started, [str(ROOT / "configs/recipes/tiny.yaml"), "run.name=recipe"]) == code
     assert calls(cluster, "scontrol") == []
+
+
+def test_a_task_of_an_array_requeues_itself_alone(
+    in_a_job: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm gives the last task the number of the array, by which it requeues all of them."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    directory = in_a_job / "runs" / "recipe"
+    directory.mkdir(parents=True)
+    runs.write_status(directory, "preempted", "asked to stop")
+    assert batch_step.end(1, 0, [str(ROOT / "configs/recipes/tiny.yaml"), "run.name=recipe"]) == 0
+    assert [argv for argv, _ in calls(cluster, "scontrol")] == [["requeue", "4711_3"]]
+    assert all("4711_3" in argv for argv, _ in calls(cluster, "squeue"))
 
 
 def test_a_requeue_that_slurm_refuses_is_said(
