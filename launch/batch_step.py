@@ -26,6 +26,7 @@ from launch.recipe import Recipe
 
 REQUEUES_FILE = "requeues.jsonl"  # of a run directory: every start but the first of its jobs, and why
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
+_GOING = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING")  # states of a job that nobody has ended
 _NEAR_SECONDS = 3600.0  # to the time limit, when it may have to do with a stop
 _ANSWERS = 5  # tries, of a controller that is busy with a failure
 _SECONDS_BETWEEN = 6.0
@@ -38,15 +39,16 @@ def start(arguments: Sequence[str]) -> int:
     """Say which start this is, why there is another, and from which step it goes on."""
     directory = intended_run_directory(arguments)
     job, number, nodes = _job_id(), _num_restarts(), os.environ["SLURM_JOB_NODELIST"]
+    step = newest_step(directory)
     if number == 0:
-        print(f"── job {job} on {nodes}", flush=True)
+        goes_on = f", going on after step {step}, which an earlier job left: {_last_word(directory)}" if step else ""
+        print(f"── job {job} on {nodes}{goes_on}", flush=True)
         return 0
     known = [record for record in read_requeues(directory) if (record["job"], record["restart"]) == (job, number)]
     if not known:  # Slurm has done that by itself, and has left this script no time
         why = f"Slurm requeued it, since it was preempted or a node failed; it had left: {_last_word(directory)}"
         known = [_record(directory, number, why, "Slurm", is_preempted=True)]
         _append(directory, known[0])
-    step = newest_step(directory)
     goes_on = f"going on after step {step}" if step else "nothing is saved yet, so from the beginning"
     print(f"── job {job} on {nodes}, restart {number}: {known[-1]['reason']}; {goes_on}", flush=True)
     return 0
@@ -143,7 +145,7 @@ def decide(ending: Ending) -> Decision:
     if job is not None and job.num_restarts > ending.num_restarts:
         return Decision(False, "Slurm has requeued the job by itself", 0)
     is_over_time = job is not None and job.reason == "TimeLimit"
-    if job is not None and job.state not in ("RUNNING", "SUSPENDED") and not is_over_time:
+    if job is not None and job.state not in _GOING and not is_over_time:
         return Decision(False, f"the job was cancelled ({job.state}); the same command continues", 1)
     is_asked_to_go = job is not None and job.is_preempted
     if state in ("refused", "no progress") or (state == "failed" and not is_asked_to_go):

@@ -26,6 +26,7 @@ JOB_FILE, LOG_FILE, RECORD_FILE = "job.sbatch", "logs/job.log", "submitted.json"
 FIRST_LEAD_SECONDS = 120
 # What ends a run besides a step and a save: launchers, and Slurm's own steps.
 _ENDING_SECONDS = 30
+_LONGEST_LEAD_SECONDS = 65535  # sbatch takes no more
 # torch's launcher kills its ranks so much later than Slurm may.
 _LAUNCHER_MARGIN_SECONDS = 60
 _ANSWER_SECONDS = 60.0
@@ -97,7 +98,7 @@ def lead_seconds(records: Iterable[Mapping[str, Any]], time_limit: OptionValue |
     deadline = Deadline(None)
     deadline.recall(records)
     if deadline.stop_seconds:
-        lead = math.ceil(2 * deadline.stop_seconds) + _ENDING_SECONDS
+        lead = min(math.ceil(2 * deadline.stop_seconds) + _ENDING_SECONDS, _LONGEST_LEAD_SECONDS)
         return lead, f"twice a step and a save as measured, and {_ENDING_SECONDS} s"
     limit_seconds = None if time_limit is None else seconds_of(time_limit)
     quarter = math.inf if limit_seconds is None else limit_seconds // 4

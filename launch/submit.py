@@ -13,6 +13,7 @@ from launch.errors import ConfigError, RunInUseError
 from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
 from launch.modes import keep_private
 from launch.recipe import TINY_MODEL_NAME, Recipe
+from launch.slurm_options import seconds_of
 from launch.starting_adapter import fingerprint_starting_adapter
 from launch.table import format_table
 
@@ -79,7 +80,13 @@ def _job_text(
     given = [f"./{name}" if name.startswith("-") else name for name in arguments]
     paths = [name for name in given if not is_override(name)] or [str(DEFAULT_RECIPE)]
     options = recipe.slurm
-    lead_seconds, why = slurm.lead_seconds(runs.read_metrics(recipe.run_directory), dict(options).get("time"))
+    limit = dict(options).get("time")
+    lead_seconds, why = slurm.lead_seconds(runs.read_metrics(recipe.run_directory), limit)
+    limit_seconds = None if limit is None else seconds_of(limit)
+    if limit_seconds is not None and limit_seconds <= lead_seconds:
+        raise ConfigError(
+            f"slurm.time = {limit} leaves no time to train, for a stop needs {lead_seconds} s of it ({why}); give more."
+        )
     text = slurm.JobText(
         run_name=recipe.run.name,
         python=sys.executable,

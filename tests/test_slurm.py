@@ -384,6 +384,10 @@ def test_a_preempted_run_is_requeued_once_and_its_next_start_says_why(cluster: P
     assert done.stdout.splitlines()[0] == f"── job 4711 on n[1-2], restart 1: {why}"
     assert done.returncode == 0 and len(batch_step.read_requeues(directory)) == 1
 
+    done = run_job(cluster, checkout, text)  # another job
+    begins = "── job 4711 on n[1-2], going on after step 42, which an earlier job left: finished, every step is done"
+    assert done.stdout.splitlines()[0] == begins
+
     done = run_job(cluster, checkout, text, SLURM_RESTART_COUNT="2")  # which Slurm did, without a word of ours
     assert "restart 2: Slurm requeued it, since it was preempted or a node failed; it had left:" in done.stdout
     assert batch_step.read_requeues(directory)[-1]["by"] == "Slurm"
@@ -578,6 +582,18 @@ def test_a_job_that_slurm_has_forgotten_and_one_of_another_cluster(world: World,
     (cluster / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
     code, _, err = submit(recipe)
     assert (code, err) == (2, "Refused: squeue says: Unable to contact slurm controller.\n")
+
+
+def test_a_time_limit_that_a_stop_fills_is_refused(world: World, cluster: Path) -> None:
+    recipe, directory = world.recipe("short"), world.run_directory("short")
+    directory.mkdir(parents=True)
+    runs.append_metrics(directory, {"kind": "train", "step": 1, "longest_step_seconds": 20.0})
+    code, _, err = submit(recipe, "--time", "1:00")
+    assert (code, err.partition(" (")[0]) == (
+        2,
+        "Refused: slurm.time = 1:00 leaves no time to train, for a stop needs 70 s of it",
+    )
+    assert submit(recipe, "--time", "2:00")[0] == 0
 
 
 def test_a_run_that_is_running_is_not_submitted(world: World, cluster: Path) -> None:
