@@ -249,6 +249,7 @@ def optimizer_steps(
             kept = f"step {done} is saved" if done else "there was nothing to save yet"
             runs.write_status(recipe.run_directory, "preempted", f"{why}; {kept}", step=done)
             log.say(f"Stopped: {kept}. The same command continues from there.")
+        dist.barrier()  # all is said before the first launcher ends, for srun then kills those of the other nodes
         return False
 
     polls = False  # within a step: only where a step and a save may not fit into the time that a stop is given

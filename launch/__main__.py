@@ -1,4 +1,4 @@
-"""python -m launch check | data | preview | generate | merge | chat | selftest: before, after and beside a run."""
+"""python -m launch check | data | preview | submit | generate | merge ...: before, after and beside a run."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch import preflight, runs
-from launch.config import DEFAULT_RECIPE, parse_command_line
+from launch.config import DEFAULT_RECIPE, as_override, parse_command_line
 from launch.errors import ConfigError, LaunchError, PreflightError
 from launch.modes import keep_private
 from launch.recipe import TINY_MODEL_NAME, Recipe
@@ -57,6 +57,43 @@ def preview(
 ) -> None:
     """Show rows as the model will see them, what is trained marked (green on a terminal, «guillemets» elsewhere)."""
     _refuse_in_one_sentence(lambda: _preview(parse_command_line(arguments or []), rows))
+
+
+@app.command()
+def submit(
+    arguments: Arguments = None,
+    nodes: Annotated[str | None, typer.Option(help="slurm.nodes, as sbatch has it; so are those up to --mem.")] = None,
+    gpus_per_node: Annotated[str | None, typer.Option(help="Such as 4 or a100:4; a rank for each.")] = None,
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    time: Annotated[str | None, typer.Option(help="The limit, such as 12:00:00 or 2-00.")] = None,
+    qos: Annotated[str | None, typer.Option()] = None,
+    constraint: Annotated[str | None, typer.Option()] = None,
+    mem: Annotated[str | None, typer.Option(help="Of a node; all others as slurm.OPTION=VALUE.")] = None,
+    processes_per_node: Annotated[int | None, typer.Option(min=1, show_default="its GPUs, else 1")] = None,
+    python: Annotated[Path | None, typer.Option(help="Of the ranks, such as a script that enters a container.")] = None,
+    config_file: Annotated[Path, typer.Option(help="Of accelerate launch.")] = Path("configs/accelerate/zero3.yaml"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job, and write and submit nothing.")] = False,
+) -> None:
+    """Check a recipe and put it into Slurm's queue; what is preempted goes on by itself until the run is finished."""
+    options = {"nodes": nodes, "gpus-per-node": gpus_per_node, "partition": partition, "account": account}
+    options |= {"time": time, "qos": qos, "constraint": constraint, "mem": mem}
+
+    def work() -> None:
+        given = [*(arguments or []), *(as_override("slurm", name, value) for name, value in options.items() if value)]
+        recipe = parse_command_line(given)
+        from launch.submit import submit as submit_job
+
+        submit_job(
+            recipe,
+            given,
+            config_file=config_file,
+            processes_per_node=processes_per_node,
+            rank_python=python,
+            is_dry_run=dry_run,
+        )
+
+    _refuse_in_one_sentence(work)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """recipe.yaml and `block.key=value` overrides -> one frozen `Recipe`, or one sentence for what is wrong."""
 
 import difflib
+import json
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -17,7 +18,10 @@ DEFAULT_RECIPE = Path("configs/recipes/tiny.yaml")
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML with `2e-4` as a number (YAML 1.2 and JSON agree, YAML 1.1 reads a string) and no key given twice."""
+    """YAML with `2e-4` as a number (YAML 1.2 and JSON agree, YAML 1.1 reads a string) and no key given twice.
+
+    Text are, as in YAML 1.2, a date, `1:30:00`, which YAML 1.1 takes for 5400, and `0123`, which it takes for 83.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -27,11 +31,25 @@ class _Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that _Yaml would read as a number."""
+
+
+for _side in (_Yaml, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
+def _number_or_text(loader: _Yaml, node: yaml.ScalarNode) -> int | str:
+    is_text = ":" in node.value or re.match(r"[-+]?0[0-9_]", node.value)
+    return str(node.value) if is_text else loader.construct_yaml_int(node)
+
+
+_Yaml.add_constructor("tag:yaml.org,2002:int", _number_or_text)
+_Yaml.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: str(node.value))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -68,8 +86,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_command_line(arguments: Sequence[str]) -> Recipe:
     """`[RECIPE.yaml] [block.key=value ...]` -> Recipe; without a recipe, the embedded default."""
-    paths = [a for a in arguments if "=" not in a]
-    overrides = [a for a in arguments if "=" in a]
+    paths = [a for a in arguments if not is_override(a)]
+    overrides = [a for a in arguments if is_override(a)]
     if len(paths) > 1:
         raise ConfigError(f"One recipe at a time, but {' and '.join(paths)} were given; overrides are block.key=value.")
     return load_recipe(Path(paths[0]) if paths else DEFAULT_RECIPE, overrides)
@@ -77,7 +95,7 @@ def parse_command_line(arguments: Sequence[str]) -> Recipe:
 
 def intended_run_directory(arguments: Sequence[str]) -> Path:
     """Where the run would live, for telling that a recipe was refused: good for recipes that do not load, too."""
-    paths = [Path(a) for a in arguments if "=" not in a]
+    paths = [Path(a) for a in arguments if not is_override(a)]
     path = paths[0] if paths else DEFAULT_RECIPE
     block: dict[str, Any] = {}
     try:
@@ -92,9 +110,24 @@ def intended_run_directory(arguments: Sequence[str]) -> Path:
     return Path(str(block.get("output_dir", "runs"))) / (name if RUN_NAME.fullmatch(name) else path.stem)
 
 
+def is_override(argument: str) -> bool:
+    """`block.key=value`; a path may have an = as well."""
+    is_path = argument.endswith((".yaml", ".yml")) and not re.match(r"\w+\.[^=/]*=", argument)
+    return "=" in argument and not is_path
+
+
+def as_override(block: str, key: str, value: str) -> str:
+    """`block.key=value` that is read back as this very text, or as the whole number that it writes."""
+    try:
+        is_plain = str(yaml.load(value, Loader=_Yaml)) == value
+    except yaml.YAMLError:
+        is_plain = False
+    return f"{block}.{key}={value if is_plain else json.dumps(value)}"
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal Recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -116,7 +149,8 @@ def _sentence(path: Path, error: ValidationError) -> str:
         owner = _owner(first["loc"][:-1])
         known = [_where([*first["loc"][:-1], name]) for name in owner.model_fields]
         key = str(first["loc"][-1])
-        elsewhere = [f"{block}.{key}" for block in Recipe.model_fields if key in _owner((block,)).model_fields]
+        blocks = [block for block in Recipe.model_fields if block != "slurm"]
+        elsewhere = [f"{block}.{key}" for block in blocks if key in _owner((block,)).model_fields]
         if where in elsewhere:  # only the adapter block has kinds
             return f"{path}: {where} belongs to adapter.type = lora; the valid ones here are {_choices(owner)}."
         near = elsewhere or difflib.get_close_matches(where, known, n=1, cutoff=0.4)

@@ -168,6 +168,25 @@ def conversations(recipe: Recipe) -> Iterator[tuple[str, Conversation | BadRowEr
                 yield row_id, error
 
 
+def check_beginnings(recipe: Recipe, tools: Tools) -> None:
+    """Raises a LaunchError when the template is of no use, or none of the first rows of a source can be trained on."""
+    tokenizer, template = tools
+    prove_mask(template)
+    _check_stop_token(tokenizer, template)
+    for file in {
+        file.source: file for file in reversed(find_files((*recipe.data.train, *recipe.data.evaluation)))
+    }.values():
+        formats = {file.label: _format_of(file, recipe.data)}
+        chunk = next(iter(read_chunks(file)))
+        batch = account_for(chunk, Work(recipe.data, formats, template, tokenizer, special_pattern(tokenizer)))
+        if batch.dropped and not len(batch.lengths):
+            first = batch.dropped[0]
+            raise DataError(
+                f"None of the first {len(batch.dropped)} rows of {file.label} can be trained on; {first.row_id} is "
+                f"{first.reason}: {first.detail}."
+            )
+
+
 # ---- the store and its key ----
 
 

@@ -26,6 +26,10 @@ class RunInUseError(PreflightError):
     """The run directory of a process that may be alive."""
 
 
+class SlurmError(LaunchError):
+    """What Slurm's own commands refuse, or a Slurm that does not answer."""
+
+
 class DataError(LaunchError):
     """The rows."""
 

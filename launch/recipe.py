@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from launch.slurm_options import SlurmOptions
+
 TINY_MODEL_NAME = "tiny-qwen2"  # not on any hub: built on the spot
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # one path component
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists, a frozen recipe has tuples
@@ -274,8 +276,8 @@ class RunBlock(Block):
     hang_seconds: float = Field(900.0, gt=0)  # without a micro-batch, before a rank ends itself
     grace_seconds: float | None = Field(None, gt=0)  # SIGTERM to SIGKILL; None: as long as torch's launcher waits
     process_group_timeout_seconds: int = Field(1800, ge=10)
-    # Keys that may differ from the checkpoint's though the result depends on them, such as train.learning_rate.
-    allow_change: Names = ()
+    max_requeues: int = Field(200, ge=0)  # of a Slurm job
+    allow_change: Names = ()  # keys that may differ from the checkpoint's though the result depends on them
 
 
 class Recipe(Block):
@@ -286,6 +288,7 @@ class Recipe(Block):
     adapter: Annotated[AdapterBlock, Field(discriminator="type"), BeforeValidator(_typed)] = LoraBlock()
     train: TrainBlock = TrainBlock()
     run: RunBlock
+    slurm: SlurmOptions = ()
 
     @model_validator(mode="after")
     def _agree(self) -> "Recipe":

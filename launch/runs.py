@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from launch import lock
 from launch.errors import NoProgressError, PreflightError
 from launch.modes import as_at_start
@@ -139,13 +141,14 @@ def leave_failed(directory: Path, reason: str) -> None:
 
 
 def is_finished(directory: Path, recipe: str) -> bool:
-    """Whether the run of this very recipe, in YAML, has nothing left to do."""
+    """Whether the run of this very recipe, in YAML, has nothing left to do; how Slurm starts it makes no other."""
     if read_status(directory).get("state") != "finished":
         return False
     try:
-        return (directory / "recipe.yaml").read_text(encoding="utf-8") == recipe
-    except (OSError, ValueError):
+        was = yaml.safe_load((directory / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
         return False
+    return isinstance(was, dict) and was | {"slurm": {}} == yaml.safe_load(recipe) | {"slurm": {}}
 
 
 def leave(directory: Path, state: State, reason: str) -> None:

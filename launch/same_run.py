@@ -20,7 +20,7 @@ from launch.recipe import ADAPTERS, Recipe
 
 Rule = Literal["goes on", "on request", "another run"]
 
-# Every key of the recipe, whatever the type of the adapter, stands here once.
+# Every key of the recipe, whatever the type of the adapter, stands here once; the slurm block always goes on.
 TABLE: dict[Rule, dict[str, str]] = {
     "goes on": {
         "model": "hash_weights",
@@ -28,7 +28,7 @@ TABLE: dict[Rule, dict[str, str]] = {
         "train": "max_tokens_per_micro_batch packing gradient_checkpointing logging_steps eval_steps save_steps "
         "save_seconds save_total_limit load_best_model_at_end metric_for_best_model max_bad_steps",
         "run": "name output_dir report_to merge merge_dtype max_shard_size_bytes max_failed_saves hang_seconds "
-        "grace_seconds process_group_timeout_seconds group_readable allow_change",
+        "grace_seconds process_group_timeout_seconds max_requeues group_readable allow_change",
     },
     "on request": {
         "model": "attn_implementation",
@@ -212,6 +212,8 @@ def _of_recipe(saved: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[Diff
     is_other_adapter = saved["adapter"]["type"] != recipe["adapter"]["type"]
     found = []
     for block, values in recipe.items():
+        if block == "slurm":
+            continue
         for key, value in values.items():
             name = f"{block}.{key}"
             is_other_key = block == "adapter" and is_other_adapter and key != "type"

@@ -15,13 +15,14 @@ HOUSE = Path(__file__).resolve().parent.parent
 
 # A module imports only from the rows above its own.
 LAYERS = (
-    "launch launch.errors launch.modes launch.table launch.recipe launch.batching metrics metrics.tokens",
+    "launch launch.errors launch.modes launch.table launch.slurm_options launch.batching metrics metrics.tokens",
+    "launch.recipe",
     "launch.same_run",
     "launch.config launch.lock launch.preemption launch.watchdog launch.deadline launch.samples",
     "launch.runs launch.hub launch.remote_code",
     "launch.trackers",
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates launch.selftest",
-    "launch.formats launch.tokens",
+    "launch.formats launch.tokens launch.batch_step",
     "launch.ledger",
     "launch.data_report",
     "launch.data launch.data_page",
@@ -34,10 +35,10 @@ LAYERS = (
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
     "launch.saving launch.start launch.merge_from_disk",
     "launch.answering",
-    "launch.generate launch.chat",
+    "launch.generate launch.chat launch.submit",
     "train launch.__main__",
 )
-NUM_LIGHT_LAYERS = 10  # these start fast on a login node
+NUM_LIGHT_LAYERS = 11  # these start fast on a login node
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
 WITHIN_A_LAYER = {
     ("launch.merge", "launch.checkpoint"),
