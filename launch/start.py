@@ -88,10 +88,11 @@ def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[st
         evaluations = checkpoint.state.get("evaluations", []) if same_held_out else []
     prepared = prepared.publish(directory)
     step = checkpoint.step if checkpoint else -1
+    lost_steps = runs.steps_to_repeat(directory, max(step, 0))
     metrics = runs.rewind_metrics(directory, step, same_held_out=same_held_out, say=print)
     runs.write_text(directory / "recipe.yaml", dump_recipe(given))
-    environment = {"host": platform.node(), "versions": versions(), "after_step": max(step, 0), "said": said}
-    runs.write_environment(directory, environment)
+    resumed = {"after_step": max(step, 0), "lost_steps": lost_steps, "said": said}
+    runs.write_environment(directory, {"host": platform.node(), "versions": versions(), **resumed})
     return {
         "revision": recipe.model.revision,
         "base": base,
