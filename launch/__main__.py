@@ -1,4 +1,4 @@
-"""python -m launch check | data | preview | generate | merge | chat | selftest: before, after and beside a run."""
+"""python -m launch check | data | preview | status | generate | merge | chat | selftest: before, in and after a run."""
 
 import functools
 import re
@@ -122,6 +122,23 @@ def chat(
         chat(source, compare, asking, prompt=prompt, files=files, base=base, trust_remote_code=trust_remote_code)
 
     _refuse_in_one_sentence(work)
+
+
+@app.command()
+def status(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN", show_default="all in runs/", help="A directory, a name, or a recipe."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of runs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks of --watch.")] = 5.0,
+) -> None:
+    """Say how far runs are, from their files alone, and what to do next; anybody's who may read them."""
+    from launch.status_lines import show
+
+    every_seconds = interval if watch else None
+    _refuse_in_one_sentence(lambda: show(names or [], as_json=as_json, every_seconds=every_seconds))
 
 
 @app.command()

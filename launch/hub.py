@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 from launch.errors import LaunchError, first_line
 from launch.modes import as_at_start
 
@@ -24,6 +21,9 @@ def fetch(
         return path, None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise error_class(f"{key} = {name} does not exist; give a directory or a hub id (owner/name).")
+    from huggingface_hub import snapshot_download  # here, since it takes a quarter of a second
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
         with as_at_start():
             snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))

@@ -19,7 +19,8 @@ LAYERS = (
     "launch.same_run",
     "launch.config launch.lock launch.preemption launch.watchdog launch.deadline launch.samples",
     "launch.runs launch.hub launch.remote_code",
-    "launch.trackers",
+    "launch.trackers launch.status",
+    "launch.status_lines",
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates launch.selftest",
     "launch.formats launch.tokens",
     "launch.ledger",
@@ -37,7 +38,7 @@ LAYERS = (
     "launch.generate launch.chat",
     "train launch.__main__",
 )
-NUM_LIGHT_LAYERS = 10  # these start fast on a login node
+NUM_LIGHT_LAYERS = 11  # these start fast on a login node
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
 WITHIN_A_LAYER = {
     ("launch.merge", "launch.checkpoint"),
