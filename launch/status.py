@@ -119,32 +119,44 @@ def read_runs(directories: Sequence[Path]) -> list[RunStatus]:
 def _read_run(directory: Path) -> RunStatus:
     try:
         os.listdir(directory)  # noqa: PTH208 - for its error
-        sight = lock.look(directory)
+        status, fault, sight = _status_and_owner(directory)
     except OSError as error:
         return RunStatus(str(directory), "unknown", faults=(f"it cannot be read: {error.strerror or error}",))
     now = time.time()
-    status, fault = _read_object(directory / "status.json")
     environment, fault_of_environment = _read_object(directory / "environment.json")
+    starts = [start for start in (*_listed(environment.get("earlier")), environment) if isinstance(start, dict)]
+    state, reason = _state(directory, status, sight, is_damaged=bool(fault))
+    state_seconds = _since(now, status.get("unix_seconds"))
+    if state in ("killed", "silent"):  # since the last sign of life
+        state_seconds = max(0.0, sight.silent_seconds) if sight else None
     run = RunStatus(
         str(directory),
-        *_state(directory, status, sight, is_damaged=bool(fault)),
+        state,
+        reason,
+        state_seconds,
+        num_restarts=max(0, len(starts) - 1),
+        num_lost_steps=sum(_whole(start.get("lost_steps")) or 0 for start in starts),
         num_restarts_in_vain=_whole(status.get("restarts_in_vain")) or 0,
         slurm_job_id=_slurm_job_of(status, sight),
         has_recipe=(directory / "recipe.yaml").is_file(),
         has_merged=(directory / "merged").is_dir(),
         faults=tuple(filter(None, (fault, fault_of_environment))),
     )
-    seconds = _since(now, status.get("unix_seconds"))
-    if run.state in ("killed", "silent"):  # the last sign of life
-        seconds = max(0.0, sight.silent_seconds) if sight else None
-    run = replace(run, state_seconds=seconds)
     if sight is not None and sight.lives is not False:
         owner = str(sight.owner or "an owner whose record cannot be read")
         run = replace(run, owner=owner, owner_silent_seconds=sight.silent_seconds)
-    starts = [start for start in (*_listed(environment.get("earlier")), environment) if isinstance(start, dict)]
-    lost_steps = sum(_whole(start.get("lost_steps")) or 0 for start in starts)
-    run = replace(run, num_restarts=max(0, len(starts) - 1), num_lost_steps=lost_steps)
-    return _with_checkpoint(_with_progress(run, directory, status, now), directory, now)
+    return _with_progress(_with_checkpoint(run, directory, now), directory, status, now)
+
+
+def _status_and_owner(directory: Path) -> tuple[dict[str, Any], str, lock.Sight | None]:
+    """(status.json, what is wrong with it, whose the directory is) of one moment: a run may begin or end meanwhile."""
+    path = directory / "status.json"
+    status, fault = _read_object(path)
+    while True:
+        sight, before = lock.look(directory), status
+        status, fault = _read_object(path)
+        if status == before:
+            return status, fault, sight
 
 
 def _state(
@@ -161,9 +173,8 @@ def _state(
         return said, str(status.get("reason", ""))
     owner = sight.owner if sight else None
     if sight is None or sight.lives is False or (owner is not None and owner.pid != status.get("pid")):
-        who = (
-            f"{owner} is gone" if owner and sight and sight.lives is False else "no process has the directory any more"
-        )
+        is_gone = sight is not None and sight.lives is False
+        who = f"{owner} is gone" if is_gone and owner else "no process has the directory any more"
         return "killed", f"it was {said}, but {who}"
     if sight.lives is None and sight.silent_seconds > lock.Times().silent_seconds:
         return "silent", f"it was {said}, but nothing was heard of {owner or 'its owner'} for long"
@@ -179,8 +190,9 @@ def _with_progress(run: RunStatus, directory: Path, status: Mapping[str, Any], n
     training, evaluation = (_figures(found[kind]) for kind in ("train", "evaluation"))
     progress = runs.read_progress(directory)
     done, total, when = progress or (None, None, None)
-    if done is None:
-        done = training.step if training else _whole(status.get("step"))
+    if done is None:  # the last start has not come as far as its first step
+        known = (training.step if training else None, run.checkpoint_step, _whole(status.get("step")))
+        done = max((step for step in known if step is not None), default=None)
     return replace(
         run,
         step=done,

@@ -421,6 +421,7 @@ def test_the_end_of_metrics_is_that_of_all_of_it(tmp_path: Path, monkeypatch: py
 # ---- watching ----
 
 
+@pytest.mark.slow
 def test_watching_ends_quietly(tmp_path: Path) -> None:
     ended(tmp_path / "r")
     command = [sys.executable, "-m", "launch", "status", str(tmp_path / "r"), "--watch", "--interval", "0.5"]
@@ -447,8 +448,10 @@ def test_watching_needs_a_terminal(tmp_path: Path) -> None:
 
 
 def die_before_step(number: int, recipe: Path) -> None:
-    """train.py's main in a process that kills itself before its `number`th optimizer step."""
+    """train.py's main in a process that kills itself before its `number`th optimizer step; 0: before the base."""
     real, seen = train.engines.step, 0
+    if number == 0:
+        train.adapted_base = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
     def step(*arguments: Any) -> Any:
         nonlocal seen
@@ -466,16 +469,16 @@ def test_steps_lost_to_kills_are_counted_one_by_one(world: World) -> None:
     """Though figures are logged every hundred steps only, and a start that dies before its first step loses none."""
     recipe = world.recipe("lost", train={"max_steps": 12, "save_steps": 4, "logging_steps": 100})
     directory, expected = world.run_directory("lost"), 0
-    for number in (8, 1, 3):
+    for number in (8, 0, 1, 3):
         before = runs.published_checkpoints(directory)
         ((child, _),) = start_ranks(1, die_before_step, number, recipe)
         child.join(60)
         assert child.exitcode == -signal.SIGKILL
-        reached = (before[-1][0] if before else 0) + number - 1
+        reached = (before[-1][0] if before else 0) + max(number - 1, 0)
         expected += reached - dict([(0, directory), *runs.published_checkpoints(directory)]).popitem()[0]
-        assert read(directory).step == reached and read(directory).total_steps == 12
+        assert read(directory).step == reached and read(directory).total_steps == (12 if number else None)
         assert read(directory).state == "killed"
     launch(recipe, 1)
     run = read(directory)
-    assert (run.state, run.step, run.num_restarts, run.num_lost_steps) == ("finished", 12, 3, expected)
+    assert (run.state, run.step, run.num_restarts, run.num_lost_steps) == ("finished", 12, 4, expected)
     assert expected >= 3
