@@ -1,4 +1,4 @@
-"""python -m launch check | data | preview | status | generate | merge | chat | selftest: before, in and after a run."""
+"""python -m launch check | data | prepare | preview | status | generate | merge | chat | selftest: all around a run."""
 
 import functools
 import re
@@ -48,6 +48,25 @@ def data(
 ) -> None:
     """Prepare the rows as a run would, needing the tokenizer only, and say what became of every one of them."""
     _refuse_in_one_sentence(lambda: _data(parse_command_line(arguments or []), strict, html))
+
+
+@app.command()
+def prepare(arguments: Arguments = None) -> None:
+    """Fetch the base and prepare the rows where there is a network, for a job that has none.
+
+    The job's nodes must see the same directories: the run's, the base's, and HF_HOME, where the hub's files go.
+    HF_ENDPOINT names a mirror of the hub; HF_HUB_OFFLINE=1 in the job keeps it from asking the hub at all. A model
+    that ModelScope has fetched is a directory: model.name_or_path=~/.cache/modelscope/hub/models/ORG/NAME, each dot of
+    its name as ___.
+    """
+    given = arguments or []
+
+    def work() -> None:
+        from launch.prepare import prepare_ahead
+
+        print(prepare_ahead(parse_command_line(given), given))
+
+    _refuse_in_one_sentence(work)
 
 
 @app.command()

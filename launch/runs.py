@@ -168,11 +168,26 @@ def write_end(directory: Path, state: State, reason: str) -> None:
 
 def read_status(directory: Path) -> dict[str, Any]:
     """status.json, or an empty dict before the first run, and when a power cut or the like has left no status in it."""
+    return read_json(directory / "status.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The keys of a JSON file; none when it is not there, or damaged."""
     try:
-        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return status if isinstance(status, dict) else {}
+    return value if isinstance(value, dict) else {}
+
+
+def pin_base(directory: Path, name: str, commit: str) -> None:
+    """base.json: the commit of a hub id that this run is prepared for, whatever becomes of the hub's."""
+    write_json(directory / "base.json", {name: commit})
+
+
+def read_pinned_base(directory: Path) -> dict[str, str]:
+    """{hub id: commit} of `pin_base`; empty when nothing was prepared."""
+    return read_json(directory / "base.json")
 
 
 def write_environment(directory: Path, facts: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ LAYERS = (
     "launch.factory",
     "launch.model",
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
-    "launch.saving launch.start launch.merge_from_disk",
+    "launch.saving launch.start launch.prepare launch.merge_from_disk",
     "launch.answering",
     "launch.generate launch.chat",
     "train launch.__main__",
