@@ -24,7 +24,7 @@ from launch.errors import PreflightError, RunInUseError
 
 NAME = ".lock"
 # Of jobs that Slurm still knows; COMPLETING is none, since a process may still be writing.
-ENDED = {
+ENDED_JOB_STATES = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED"),
     *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"),
 }
@@ -369,7 +369,7 @@ def _how_slurm_ended(job_id: str) -> str | None:
     if done.returncode != 0:
         return "Slurm knows no such job any more" if "Invalid job id specified" in done.stderr else None
     states = done.stdout.split()  # the number of an array's last task is the array's own: one line for each task
-    if not states or not set(states) <= ENDED:
+    if not states or not set(states) <= ENDED_JOB_STATES:
         return None
     return f"Slurm says that job is {states[0]}"
 

@@ -14,7 +14,7 @@ from launch.errors import ConfigError
 
 RUNS = Path("runs")  # where recipes put them, unless run.output_dir says something else
 # One of these stands in every directory that a command of ours has begun to fill.
-_MARKS = {"status.json", "recipe.yaml", "metrics.jsonl", "environment.json", "data", "job.sbatch", lock.NAME}
+_MARKS = {"status.json", "recipe.yaml", "metrics.jsonl", "environment.json", "data", "submitted.json", lock.NAME}
 _RECENT_RECORDS = 6  # of training, whose mean is the speed
 _SQUEUE_SECONDS = 5.0
 
@@ -53,6 +53,7 @@ class RunStatus:
     slurm_job_id: str | None = None
     queue_state: str | None = None
     queue_reason: str | None = None
+    log: str | None = None  # what its jobs have printed, where Slurm started them
     has_recipe: bool = False
     has_merged: bool = False
     faults: tuple[str, ...] = ()  # what cannot be read
@@ -124,6 +125,7 @@ def _read_run(directory: Path) -> RunStatus:
         return RunStatus(str(directory), "unknown", faults=(f"it cannot be read: {error.strerror or error}",))
     now = time.time()
     environment, fault_of_environment = _read_object(directory / "environment.json")
+    submitted, fault_of_submitted = _read_object(directory / "submitted.json")
     starts = [start for start in (*_listed(environment.get("earlier")), environment) if isinstance(start, dict)]
     state, reason = _state(directory, status, sight, is_damaged=bool(fault))
     state_seconds = _since(now, status.get("unix_seconds"))
@@ -137,10 +139,11 @@ def _read_run(directory: Path) -> RunStatus:
         num_restarts=max(0, len(starts) - 1),
         num_lost_steps=sum(_whole(start.get("lost_steps")) or 0 for start in starts),
         num_restarts_in_vain=_whole(status.get("restarts_in_vain")) or 0,
-        slurm_job_id=_slurm_job_of(status, sight),
+        slurm_job_id=_slurm_job_of(status, sight, submitted),
+        log=str(log) if (log := directory / "logs" / "job.log").is_file() else None,
         has_recipe=(directory / "recipe.yaml").is_file(),
         has_merged=(directory / "merged").is_dir(),
-        faults=tuple(filter(None, (fault, fault_of_environment))),
+        faults=tuple(filter(None, (fault, fault_of_environment, fault_of_submitted))),
     )
     if sight is not None and sight.lives is not False:
         owner = str(sight.owner or "an owner whose record cannot be read")
@@ -245,12 +248,15 @@ def _with_checkpoint(run: RunStatus, directory: Path, now: float) -> RunStatus:
 # ---- Slurm ----
 
 
-def _slurm_job_of(status: Mapping[str, Any], sight: lock.Sight | None) -> str | None:
-    """Of the owner, or of the last start: a run that waits in the queue has no owner."""
+def _slurm_job_of(status: Mapping[str, Any], sight: lock.Sight | None, submitted: Mapping[str, Any]) -> str | None:
+    """Of the owner; of a run that waits in the queue, which has none, that which was submitted or started last."""
     if sight is not None and sight.owner is not None and sight.owner.slurm_job_id:
         return sight.owner.slurm_job_id
     parts = str(status.get("job", "")).split(" ")  # runs.this_job: address, port, and under Slurm job and restarts
-    return parts[2] if len(parts) == 4 and parts[2].isalnum() else None
+    started = parts[2] if len(parts) == 4 and parts[2].isalnum() else None
+    job_id = str(submitted.get("job_id", ""))
+    is_later = (_number(submitted.get("unix_seconds")) or 0) > (_number(status.get("unix_seconds")) or 0)
+    return job_id if job_id.isalnum() and (is_later or started is None) else started
 
 
 def _ask_queue(job_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -270,7 +276,7 @@ def _with_queue(run: RunStatus, queue: Mapping[str, tuple[str, str]]) -> RunStat
         return run
     state, reason = queue[run.slurm_job_id]
     run = replace(run, queue_state=state, queue_reason="" if reason == "None" else reason)
-    if state in lock.ENDED and (run.is_alive or run.state == "silent"):
+    if state in lock.ENDED_JOB_STATES and (run.is_alive or run.state == "silent"):
         return replace(
             run, state="killed", reason=f"it was at work, but Slurm says that its job is {state}", owner=None
         )

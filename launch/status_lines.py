@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.config import LAUNCH_COMMAND
 from launch.errors import ConfigError
-from launch.lock import ENDED
+from launch.lock import ENDED_JOB_STATES
 from launch.status import RUNS, Figures, RunStatus, find_runs, read_runs
 from launch.table import format_table
 
@@ -110,18 +110,20 @@ def next_lines(run: RunStatus) -> str:
     else:
         again = f"  {start} {shlex.quote(str(Path(run.directory) / 'recipe.yaml'))}"
     directory = directory or "RUN"
-    waits = run.queue_state is not None and run.queue_state not in ("COMPLETING", *ENDED)
+    is_over = run.state in ("failed", "refused", "no progress")  # its job may not have ended yet, but is no other start
+    waits = run.queue_state == "PENDING" or not (is_over or run.queue_state in (None, "COMPLETING", *ENDED_JOB_STATES))
     if run.is_alive:
         return f"Watch it:\n  {_COMMAND} status {directory} --watch"
     if run.state == "finished":
         merge = "" if run.has_merged else f"\nMerge it, if it is a LoRA:\n  {_COMMAND} merge {directory}"
         return f"Ask it:\n  {_COMMAND} chat {directory}{merge}"
-    if waits and run.state in ("preempted", "killed", "silent"):
-        return f"Slurm has its job, which continues it. Watch it:\n  {_COMMAND} status {directory} --watch"
+    if waits:
+        return f"Slurm has its job, which goes on by itself. Watch it:\n  {_COMMAND} status {directory} --watch"
     if run.state in ("prepared", "not started"):
         return f"Start it:\n  {start} RECIPE.yaml"
     if run.state in ("failed", "no progress"):
-        return f"Look at what it printed, and mend that; then continue:\n{again}"
+        log = f" (tail {shlex.quote(run.log)})" if run.log and run.log.isprintable() else ""
+        return f"Look at what it printed{log}, and mend that; then continue:\n{again}"
     if run.state == "refused":
         return f"Mend what the reason says; then start it again:\n{again}"
     return f"Continue it:\n{again}"

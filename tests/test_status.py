@@ -349,10 +349,42 @@ def test_a_run_that_waits_in_the_queue(tmp_path: Path, monkeypatch: pytest.Monke
     older_status(directory, job="node1 29500 4711 1")
     said = block(read(directory))
     assert "  job         Slurm has job 4711 as PENDING ((a|b) \\x1b[2J)\n" in said
-    assert said.splitlines()[-2] == "Slurm has its job, which continues it. Watch it:"
-    older_status(directory, job="node1  4711 0", state="failed")
+    assert said.splitlines()[-2] == "Slurm has its job, which goes on by itself. Watch it:"
     assert said.splitlines()[-1] == f"  python -m launch status {directory} --watch"
-    assert f"\n  python -m launch submit {directory}/recipe.yaml" in block(read(directory))
+    older_status(directory, job="node1  4712 0", state="failed")
+    (directory / "logs").mkdir()
+    (directory / "logs" / "job.log").touch()
+    assert block(read(directory)).splitlines()[-2:] == [
+        f"Look at what it printed (tail {directory}/logs/job.log), and mend that; then continue:",
+        f"  python -m launch submit {directory}/recipe.yaml",
+    ]
+
+
+def test_a_failed_run_does_not_go_on_though_its_job_is_not_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_squeue(tmp_path, monkeypatch, "echo '12|RUNNING|None'")
+    directory = ended(tmp_path / "r", "failed", "because")
+    older_status(directory, job="node1 29500 12 0")
+    assert "then continue:" in block(read(directory))
+    older_status(directory, state="preempted")
+    assert "goes on by itself" in block(read(directory))
+
+
+def test_a_run_that_was_submitted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_squeue(tmp_path, monkeypatch, "echo '12|PENDING|Priority'")
+    directory = tmp_path / "r"
+    directory.mkdir()
+    record = {"job_id": "12", "cluster": None, "unix_seconds": time.time()}
+    (directory / "submitted.json").write_text(json.dumps(record), encoding="utf-8")
+    run = read(directory)
+    assert (run.state, run.slurm_job_id, run.queue_state) == ("not started", "12", "PENDING")
+    assert block(run).splitlines()[-2] == "Slurm has its job, which goes on by itself. Watch it:"
+    ended(directory)
+    older_status(directory, job="node1 29500 11 0")
+    assert read(directory).slurm_job_id == "12"
+    older_status(directory, job="node1 29500 13 0", unix_seconds=time.time() + 1)
+    assert read(directory).slurm_job_id == "13", "which was started since"
 
 
 def test_a_job_that_slurm_knows_to_be_over_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
