@@ -38,7 +38,7 @@ from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingE
 from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
 from launch.merge_rule import DTYPES, choose_dtype
-from launch.model import serving_generation_config, tokenizer_and_template, with_revision
+from launch.model import serving_generation_config, tokenizer_and_template
 from launch.modes import keep_private
 from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
@@ -112,7 +112,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
     prepare_all = functools.partial(prepare_run, recipe, precision, stopwatch)
     found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_all())))
-    recipe = with_revision(recipe, found["revision"])
+    recipe = preflight.with_revision(recipe, found["revision"])
     tokenizer, template = tokenizer_and_template(recipe, found["base"])
     tokenizer.chat_template = template.for_serving
     samples, held_out = (Samples.load(Path(found["store"]), split) for split in ("train", "evaluation"))

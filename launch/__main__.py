@@ -1,4 +1,4 @@
-"""python -m launch check | data | preview | submit | generate | merge ...: before, after and beside a run."""
+"""python -m launch COMMAND: check, prepare and submit a run, see how far it is, use what it has made."""
 
 import functools
 import re
@@ -48,6 +48,25 @@ def data(
 ) -> None:
     """Prepare the rows as a run would, needing the tokenizer only, and say what became of every one of them."""
     _refuse_in_one_sentence(lambda: _data(parse_command_line(arguments or []), strict, html))
+
+
+@app.command()
+def prepare(arguments: Arguments = None) -> None:
+    """Fetch the base and prepare the rows where there is a network, for a job that has none.
+
+    The job's nodes must see the same directories: the run's, the base's, and HF_HOME, where the hub's files go.
+    HF_ENDPOINT names a mirror of the hub; HF_HUB_OFFLINE=1 in the job keeps it from asking the hub at all. A model
+    that ModelScope has fetched is a directory: model.name_or_path=~/.cache/modelscope/hub/models/ORG/NAME, each dot of
+    its name as ___.
+    """
+    given = arguments or []
+
+    def work() -> None:
+        from launch.prepare import prepare_ahead
+
+        print(prepare_ahead(parse_command_line(given), given))
+
+    _refuse_in_one_sentence(work)
 
 
 @app.command()
@@ -159,6 +178,23 @@ def chat(
         chat(source, compare, asking, prompt=prompt, files=files, base=base, trust_remote_code=trust_remote_code)
 
     _refuse_in_one_sentence(work)
+
+
+@app.command()
+def status(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN", show_default="all in runs/", help="A directory, a name, or a recipe."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of runs.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks of --watch.")] = 5.0,
+) -> None:
+    """Say how far runs are, from their files alone, and what to do next; anybody's who may read them."""
+    from launch.status_lines import show
+
+    every_seconds = interval if watch else None
+    _refuse_in_one_sentence(lambda: show(names or [], as_json=as_json, every_seconds=every_seconds))
 
 
 @app.command()

@@ -7,7 +7,6 @@ and becomes visible with one rename; only then does an old one go.
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +26,10 @@ from launch.adapter import ADAPTER_NAME, WEIGHTS_FILE, exported_state
 from launch.errors import CheckpointError, UnreadableError, first_line
 from launch.lock import end_if_lost
 from launch.modes import give_usual_mode
-from launch.runs import DELETING, SAVING, best_step, write_json
+from launch.runs import DELETING, SAVING, best_step, published_checkpoints, write_json
 
 FORMAT = 1
 Identity = dict[str, int | str]  # {"bytes": size, "sha256": digest} of a file
-_NAME = re.compile(r"step-(\d{6,})")
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def write_snapshot(run_directory: Path, snapshot: Snapshot, *, keep: int, best: 
 
     publish(path_of_step(run_directory, snapshot.step), write_files, {"format": FORMAT, "step": snapshot.step})
     best_step = best()
-    for old in _by_step(checkpoints_directory(run_directory))[:-keep]:
+    for _, old in published_checkpoints(run_directory)[:-keep]:
         if best_step is None or old != path_of_step(run_directory, best_step):
             unpublish(old)
 
@@ -216,8 +214,8 @@ def find_resumable(run_directory: Path, say: Callable[[str], None]) -> Resumable
     directory = checkpoints_directory(run_directory)
     if not directory.exists():
         return None
-    candidates = _by_step(directory)
-    for path in reversed(candidates):
+    candidates = published_checkpoints(run_directory)
+    for _, path in reversed(candidates):
         try:
             manifest = verify(path)
         except UnreadableError as error:
@@ -232,7 +230,7 @@ def find_resumable(run_directory: Path, say: Callable[[str], None]) -> Resumable
                 "the version that wrote it."
             )
         return Resumable.read(path)
-    if candidates or list(directory.glob("*.corrupt")):
+    if candidates or any(directory.glob("*.corrupt")):
         raise CheckpointError(
             f"Every checkpoint in {directory} is bad or cannot be read; take .corrupt off the name of one that is "
             "whole, restore one from a backup, or give the run another run.name to start from the beginning."
@@ -269,15 +267,8 @@ def restore(checkpoint: Resumable, engine: engines.Engine) -> None:
 
 def newest_step(run_directory: Path) -> int:
     """The step of the newest checkpoint, by its name alone; 0 for none."""
-    directory = checkpoints_directory(run_directory)
-    named = _by_step(directory) if directory.is_dir() else []
-    return int(named[-1].name.removeprefix("step-")) if named else 0
-
-
-def _by_step(directory: Path) -> list[Path]:
-    """Published checkpoints, oldest first: by step, never by time."""
-    named = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(named)]
+    published = published_checkpoints(run_directory)
+    return published[-1][0] if published else 0
 
 
 def identity_of_file(path: Path) -> Identity:

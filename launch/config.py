@@ -15,6 +15,7 @@ from launch.recipe import ADAPTERS, RUN_NAME, LoraBlock, Recipe, Source
 from launch.same_run import check_allow_change
 
 DEFAULT_RECIPE = Path("configs/recipes/tiny.yaml")
+LAUNCH_COMMAND = "accelerate launch --config_file configs/accelerate/zero3.yaml train.py"
 
 
 class _Yaml(yaml.SafeLoader):

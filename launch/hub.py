@@ -1,15 +1,26 @@
 """What a recipe names by a directory or a hub id, as a directory."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from tqdm import tqdm
 
 from launch.errors import LaunchError, first_line
 from launch.modes import as_at_start
 
+# Of the first that a repository has, its weights are fetched: others are the same in another format, such as Mistral's
+# consolidated.safetensors, or pickles.
+_WEIGHTS = (("model*.safetensors", "adapter_model.safetensors"), ("*.safetensors",), ("*.bin",))
 _BESIDE_WEIGHTS = ("*.json", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+
+
+class _Silent(tqdm):  # type: ignore[misc]  # untyped
+    """A progress bar for what takes no time."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **{**named, "disable": True})
 
 
 def fetch(
@@ -24,6 +35,9 @@ def fetch(
         return path, None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise error_class(f"{key} = {name} does not exist; give a directory or a hub id (owner/name).")
+    from huggingface_hub import snapshot_download  # here, since it takes a quarter of a second
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
         with as_at_start():
             snapshot = Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
@@ -35,8 +49,34 @@ def fetch(
 
 
 def fetch_model(key: str, name: str, revision: str | None, error_class: type[LaunchError]) -> tuple[Path, str | None]:
-    """`fetch` of all that a model or an adapter is made of; of weights in two formats, the safetensors alone."""
-    found = fetch(key, name, (*_BESIDE_WEIGHTS, "*.safetensors"), revision, error_class)
-    if any(found[0].glob("*.safetensors")):
-        return found
-    return fetch(key, name, (*_BESIDE_WEIGHTS, "*.bin"), revision, error_class)
+    """`fetch` of all that a model or an adapter is made of; of weights in several formats, those that are loaded."""
+    for weights in _WEIGHTS:
+        found = fetch(key, name, (*_BESIDE_WEIGHTS, *weights), revision, error_class)
+        if found[1] is None or any(path for pattern in weights for path in found[0].glob(pattern)):
+            break
+    return found
+
+
+def missing_bytes(name: str, revision: str | None) -> int | None:
+    """What `fetch_model` would fetch of a hub id; None when the hub does not say."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        for weights in _WEIGHTS:
+            patterns = [*_BESIDE_WEIGHTS, *weights]
+            with as_at_start():
+                files = snapshot_download(
+                    name, revision=revision, allow_patterns=patterns, dry_run=True, tqdm_class=_Silent
+                )
+            if any(fnmatch(file.filename, pattern) for file in files for pattern in weights):
+                break
+    except OSError:  # DryRunError is one: there is no network, and what is in the cache is all there is
+        return None
+    return sum(file.file_size or 0 for file in files if file.will_download)
+
+
+def cache_directory() -> Path:
+    """Where the hub's files are kept on this machine."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)

@@ -70,10 +70,26 @@ class Owner:
             token=secrets.token_hex(8),
         )
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for what was read from a file and is no record of ours."""
+        numbers = (self.pid, self.start_ticks, self.slurm_restart_count, self.since_unix_seconds)
+        texts = (self.host, self.boot_id, self.pid_namespace, self.token, self.slurm_job_id or "")
+        if not all(isinstance(n, int | float) for n in numbers) or not all(isinstance(t, str) for t in texts):
+            raise TypeError("an owner has numbers and texts")
+
     def __str__(self) -> str:
         job = f", Slurm job {self.slurm_job_id}" if self.slurm_job_id else ""
         since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.since_unix_seconds))
         return f"process {self.pid} on {self.host}{job}, since {since}"
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What can be seen of an owner by who changes nothing."""
+
+    owner: Owner | None  # None: its record cannot be read
+    lives: bool | None  # None: it is on another machine, and only its silence tells
+    silent_seconds: float  # by the clock of this machine
 
 
 @dataclass(frozen=True)
@@ -119,6 +135,17 @@ def acquire(directory: Path, say: Callable[[str], None], times: Times | None = N
     for path in directory.glob(f"{NAME}.*"):  # what killed newcomers left; one that lives writes its own anew
         if path != _after(directory, own.token):
             path.unlink(missing_ok=True)
+
+
+def look(directory: Path) -> Sight | None:
+    """Whose `directory` is, without a change to it; None when it is nobody's."""
+    last = _last(directory)
+    if last is None:
+        return None
+    lives = None
+    if last.owner is not None and _is_same_machine(last.owner, Owner.this_process()):
+        lives = _lives(last.owner.pid, last.owner.start_ticks)
+    return Sight(last.owner, lives, time.time() - last.touched_nanoseconds / 1e9)
 
 
 def release() -> None:
@@ -314,20 +341,30 @@ def _state_and_start(stat: Path) -> tuple[str, int]:
     return fields[0], int(fields[19])
 
 
-def _how_slurm_ended(job_id: str) -> str | None:
-    """What Slurm says of a job of this user that has ended; None when it has not, or the controller does not answer."""
+def ask_squeue(*arguments: str, seconds: float) -> subprocess.CompletedProcess[str] | None:
+    """What Slurm's queue says; None where there is no Slurm, or its controller does not answer in time."""
     squeue = shutil.which("squeue")
     if squeue is None:
         return None
+    command = [squeue, *arguments]
     try:
-        done = subprocess.run(
-            [squeue, "-h", "-t", "all", "-j", job_id, "-o", "%T"],
+        return subprocess.run(
+            command,
             capture_output=True,
             text=True,
-            timeout=_SQUEUE_SECONDS,
+            errors="replace",
+            timeout=seconds,
             check=False,
+            stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _how_slurm_ended(job_id: str) -> str | None:
+    """What Slurm says of a job of this user that has ended; None when it has not, or the controller does not answer."""
+    done = ask_squeue("-h", "-t", "all", "-j", job_id, "-o", "%T", seconds=_SQUEUE_SECONDS)
+    if done is None:
         return None
     if done.returncode != 0:
         return "Slurm knows no such job any more" if "Invalid job id specified" in done.stderr else None

@@ -31,8 +31,8 @@ from launch.model import (
     build_skeleton,
     resolve_base,
     serving_generation_config,
-    with_revision,
 )
+from launch.preflight import with_revision
 from launch.recipe import ModelBlock, Recipe
 from launch.remote_code import check_remote_code
 from launch.runs import SAVING

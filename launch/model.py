@@ -45,11 +45,6 @@ def resolve_base(recipe: Recipe, *, show_progress: bool = False) -> str:
     return str(tiny.build_tiny_base(directory, TINY_ROWS, show_progress=show_progress))
 
 
-def with_revision(recipe: Recipe, revision: str | None) -> Recipe:
-    """The recipe with this model.revision."""
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
-
-
 def tokenizer_and_template(recipe: Recipe, base: str | None = None) -> tuple[PreTrainedTokenizerBase, ChatTemplate]:
     """What turns the recipe's conversations into tokens; without `base`, the tiny base is not built for it."""
     if base is None and recipe.model.name_or_path == TINY_MODEL_NAME:

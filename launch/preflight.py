@@ -3,10 +3,12 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from launch import runs
 from launch.errors import ConfigError, ModelError
 from launch.hub import fetch
 from launch.lock import seconds_since
@@ -19,7 +21,7 @@ STALE_BUILD_SECONDS = 600.0
 
 def check(recipe: Recipe) -> None:
     """Raises a LaunchError for the first thing that would stop the run later."""
-    check_model(recipe.model)
+    check_model(recipe.model, recipe.run_directory)
     for tracker in recipe.run.report_to:
         if tracker not in PACKAGES:
             raise ConfigError(f"run.report_to: {tracker!r} is not a tracker; the valid ones are {', '.join(PACKAGES)}.")
@@ -27,10 +29,10 @@ def check(recipe: Recipe) -> None:
             raise ConfigError(f"run.report_to: {tracker} is not installed; run pip install {PACKAGES[tracker]}.")
 
 
-def check_model(model: ModelBlock) -> None:
+def check_model(model: ModelBlock, run_directory: Path | None = None) -> None:
     """The base model exists: a directory with a config.json, or a hub id whose config.json can be had.
 
-    What it needs of code of its own may run, or is refused.
+    What it needs of code of its own may run, or is refused. `run_directory` may know the commit that was prepared.
     """
     name = model.name_or_path
     if name == TINY_MODEL_NAME:
@@ -46,10 +48,34 @@ def check_model(model: ModelBlock) -> None:
     if Path(name).expanduser().is_file():
         raise ModelError(f"model.name_or_path = {name} is a file, which only a model.factory can be filled from.")
     files = ["config.json", "tokenizer_config.json"]
-    directory, commit = fetch("model.name_or_path", name, files, model.revision, ModelError)
+    pinned = runs.read_pinned_base(run_directory).get(name) if run_directory else None
+    directory, commit = fetch("model.name_or_path", name, files, model.revision or pinned, ModelError)
     if not (directory / "config.json").is_file():
         raise ModelError(f"model.name_or_path = {name} has no config.json, so that it is no model of transformers.")
     check_remote_code(model, directory, commit)
+
+
+def commit_of_base(model: ModelBlock, identity: Mapping[str, Any] | None, pinned: Mapping[str, str]) -> str | None:
+    """The commit of a base on the hub, for all ranks and all starts: a new one upstream is none of this run's.
+
+    Unless the recipe names one, that of the checkpoint with this identity, or that which was prepared for the run. None
+    for a base that is not on the hub.
+    """
+    is_here = model.name_or_path == TINY_MODEL_NAME or Path(model.name_or_path).expanduser().exists()
+    if model.revision is not None or model.factory is not None or is_here:
+        return model.revision
+    if identity is not None and identity["recipe"]["model"]["name_or_path"] == model.name_or_path:
+        kind, _, commit = identity["base"].partition(" ")
+        if kind == "commit":
+            return str(commit)
+    if model.name_or_path in pinned:
+        return pinned[model.name_or_path]
+    return fetch("model.name_or_path", model.name_or_path, ["config.json"], None, ModelError)[1]
+
+
+def with_revision(recipe: Recipe, revision: str | None) -> Recipe:
+    """The recipe with this model.revision."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
 
 
 def remove_stale_build_locks(say: Callable[[str], None]) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from launch import batching, runs
 from launch import engine as engines
 from launch.adapter import trained_kinds
+from launch.config import LAUNCH_COMMAND
 from launch.job import Job
 from launch.quantisation import quantised_line
 from launch.recipe import TINY_MODEL_NAME, Recipe
@@ -23,7 +24,6 @@ from launch.table import format_bytes, format_table
 from metrics.tokens import TokenCounts
 
 FLAGSHIP = "configs/recipes/qwen1.5-14b-lora.yaml"
-LAUNCH_COMMAND = "accelerate launch --config_file configs/accelerate/zero3.yaml train.py"
 
 
 class Stopwatch:
@@ -65,6 +65,7 @@ class RunLog:
         self.logging_steps = logging_steps
         self._stopwatch: Stopwatch | None = stopwatch  # until the first step is done
         self._tracks = True
+        self._progress(first_step)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -99,6 +100,7 @@ class RunLog:
             self._started(done - 1, self._stopwatch)
             self._stopwatch = None
         self._bar.update()
+        self._progress(done)
         self._sums += torch.tensor(sums, dtype=torch.float64)
         self._num_tokens += num_tokens
         self._longest_step_seconds = max(self._longest_step_seconds, seconds)
@@ -185,6 +187,12 @@ class RunLog:
     def close(self) -> None:
         """Take the progress bar away."""
         self._bar.close()
+
+    def _progress(self, done: int) -> None:
+        """For `launch status`, and for the next start, which counts what a kill cost."""
+        if self.is_rank_zero:
+            with suppress(OSError):  # metrics.jsonl knows nearly as much
+                runs.write_progress(self.directory, done, self.total_steps)
 
     def _write(self, kind: str, done: int, record: Mapping[str, float | int | None]) -> None:
         self._record(kind, done, record)

@@ -27,6 +27,9 @@ from launch.modes import as_at_start
 
 SAVING, DELETING = ".saving-", ".deleting-"  # how the names of directories begin that are not whole
 _TEMPORARY_FILE = re.compile(r"\..+\.[0-9a-f]+\.tmp")  # of write_text
+_CHECKPOINT = re.compile(r"step-(\d{6,})")
+_PROGRESS, _PROGRESS_BYTES = "progress.json", 64
+_BLOCK_BYTES = 1 << 16
 State = Literal["starting", "running", "preempted", "finished", "failed", "refused", "no progress"]
 MAX_RESTARTS_IN_VAIN = 3
 _OF_THE_START = ("job", "newest_step", "recipe_sha256", "restarts_in_vain")  # in status.json until the next start
@@ -168,11 +171,26 @@ def write_end(directory: Path, state: State, reason: str) -> None:
 
 def read_status(directory: Path) -> dict[str, Any]:
     """status.json, or an empty dict before the first run, and when a power cut or the like has left no status in it."""
+    return read_json(directory / "status.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The keys of a JSON file; none when it is not there, or damaged."""
     try:
-        status = json.loads((directory / "status.json").read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return status if isinstance(status, dict) else {}
+    return value if isinstance(value, dict) else {}
+
+
+def pin_base(directory: Path, name: str, commit: str) -> None:
+    """base.json: the commit of a hub id that this run is prepared for, whatever becomes of the hub's."""
+    write_json(directory / "base.json", {name: commit})
+
+
+def read_pinned_base(directory: Path) -> dict[str, str]:
+    """{hub id: commit} of `pin_base`; empty when nothing was prepared."""
+    return read_json(directory / "base.json")
 
 
 def write_environment(directory: Path, facts: Mapping[str, Any]) -> None:
@@ -184,6 +202,43 @@ def write_environment(directory: Path, facts: Mapping[str, Any]) -> None:
     except (FileNotFoundError, ValueError, AttributeError, TypeError):  # none yet, or damaged: nothing depends on it
         earlier = []
     write_json(path, {**facts, "unix_seconds": time.time(), "earlier": earlier})
+
+
+def published_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(step, path) of what stands in checkpoints/, oldest first: by step, never by time. Nothing is verified."""
+    try:
+        paths = list((directory / "checkpoints").iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted((int(match[1]), path) for path in paths if (match := _CHECKPOINT.fullmatch(path.name)))
+
+
+def write_progress(directory: Path, step: int, total_steps: int) -> None:
+    """progress.json, after every step: in place and not synced, which costs microseconds; no kill takes it back."""
+    text = json.dumps({"step": step, "total_steps": total_steps}).ljust(_PROGRESS_BYTES - 1) + "\n"
+    descriptor = os.open(directory / _PROGRESS, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.pwrite(descriptor, text.encode(), 0)
+    finally:
+        os.close(descriptor)
+
+
+def read_progress(directory: Path) -> tuple[int, int, float] | None:
+    """(steps done, of how many, when in Unix seconds); None before the first step of a start."""
+    try:
+        with (directory / _PROGRESS).open("rb") as file:
+            found, when = json.load(file), os.fstat(file.fileno()).st_mtime
+        return int(found["step"]), int(found["total_steps"]), when
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+        return None  # not there, or damaged: metrics.jsonl knows nearly as much
+
+
+def steps_to_repeat(directory: Path, step: int) -> int:
+    """How many steps after this one had been done, which a run that resumes there loses. Before `rewind_metrics`."""
+    progress = read_progress(directory)
+    records = last_metrics(directory, {"train": 1})["train"]
+    reached = max([step, *(int(record["step"]) for record in records)])
+    return max(reached, progress[0] if progress else 0) - step
 
 
 def append_metrics(directory: Path, record: Mapping[str, Any]) -> None:
@@ -222,6 +277,42 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if is_ours else None
 
 
+def last_metrics(directory: Path, wanted: Mapping[str, int]) -> dict[str, list[dict[str, Any]]]:
+    """The last so many records of each kind, the latest first; of a long file no more is read than that takes."""
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in wanted}
+    begins = {f'{{"kind": "{kind}"'.encode(): kind for kind in wanted}
+    lacking = tuple(begins)
+    try:
+        for line in _lines_backwards(directory / "metrics.jsonl"):
+            if not line.startswith(lacking) or (record := _record(line)) is None:
+                continue
+            found[record["kind"]].append(record)
+            lacking = tuple(begin for begin, kind in begins.items() if len(found[kind]) < wanted[kind])
+            if not lacking:
+                break
+    except FileNotFoundError:
+        pass
+    return found
+
+
+def _lines_backwards(path: Path) -> Iterator[bytes]:
+    """Whole lines, the last one first."""
+    with path.open("rb") as file:
+        end, rest = file.seek(0, os.SEEK_END), b""
+        is_cut_off = True  # what follows the last line end
+        while end > 0:
+            begin = max(0, end - _BLOCK_BYTES)
+            file.seek(begin)
+            first, *lines = (file.read(end - begin) + rest).split(b"\n")
+            if lines and is_cut_off:
+                lines.pop()
+                is_cut_off = False
+            yield from reversed(lines)
+            end, rest = begin, first
+        if not is_cut_off:
+            yield rest
+
+
 def best_step(evaluations: Sequence[Mapping[str, Any]], metric: str) -> int | None:
     """The evaluated step with the lowest loss or the highest accuracy, the earliest of equals; None for none.
 
@@ -236,7 +327,7 @@ def best_step(evaluations: Sequence[Mapping[str, Any]], metric: str) -> int | No
 def rewind_metrics(
     directory: Path, step: int, *, same_held_out: bool = True, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Forget what was measured after `step`, which a resumed run does again; returns what is left.
+    """Forget what was done and measured after `step`, which a resumed run does again; returns what is left.
 
     That there was a start, and what it cost, stays true. Evaluations of other held-out rows get another kind, so that
     nobody compares them.
@@ -252,6 +343,7 @@ def rewind_metrics(
         others = "evaluation of other rows"
         kept = [record | {"kind": others} if record["kind"] == "evaluation" else record for record in kept]
     write_text(directory / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+    (directory / _PROGRESS).unlink(missing_ok=True)
     return kept
 
 

@@ -3,7 +3,6 @@
 import platform
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +13,11 @@ from launch import checkpoint as checkpoints
 from launch import merge as merging
 from launch import runs, same_run
 from launch.adapter import add_adapter, with_token_ids
-from launch.checkpoint import Resumable
 from launch.config import dump_recipe
 from launch.data import prepare
 from launch.data_report import outcomes_line
-from launch.errors import DataError, ModelError
+from launch.errors import DataError
 from launch.fingerprint import fingerprints, versions
-from launch.hub import fetch
 from launch.model import (
     DTYPES,
     added_token_ids,
@@ -29,27 +26,12 @@ from launch.model import (
     load_base,
     resolve_base,
     tokenizer_and_template,
-    with_revision,
 )
-from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
+from launch.preflight import commit_of_base, with_revision
+from launch.recipe import Recipe
 from launch.report import Stopwatch
 from launch.starting_adapter import fingerprint_starting_adapter, start_from
 from launch.vocabulary import check_added_are_trained, fit_vocabulary
-
-
-def commit_of_base(model: ModelBlock, checkpoint: Resumable | None) -> str | None:
-    """The commit of a base on the hub, for all ranks and all starts: a new one upstream is none of this run's.
-
-    That of the checkpoint unless the recipe names one; None for a base that is not on the hub.
-    """
-    is_here = model.name_or_path == TINY_MODEL_NAME or Path(model.name_or_path).expanduser().exists()
-    if model.revision is not None or model.factory is not None or is_here:
-        return model.revision
-    if checkpoint is not None and checkpoint.state["identity"]["recipe"]["model"]["name_or_path"] == model.name_or_path:
-        kind, _, commit = checkpoint.state["identity"]["base"].partition(" ")
-        if kind == "commit":
-            return str(commit)
-    return fetch("model.name_or_path", model.name_or_path, ["config.json"], None, ModelError)[1]
 
 
 def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[str, Any]:
@@ -57,7 +39,8 @@ def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[st
     directory, given = recipe.run_directory, recipe
     checkpoint = checkpoints.find_resumable(directory, say=print)
     stopwatch.end("resume")
-    recipe = with_revision(recipe, commit_of_base(recipe.model, checkpoint))
+    identity = checkpoint.state["identity"] if checkpoint else None
+    recipe = with_revision(recipe, commit_of_base(recipe.model, identity, runs.read_pinned_base(directory)))
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
     check_adapter_fits(base, recipe)
     init_from_sha256 = fingerprint_starting_adapter(recipe.adapter)
@@ -88,10 +71,11 @@ def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[st
         evaluations = checkpoint.state.get("evaluations", []) if same_held_out else []
     prepared = prepared.publish(directory)
     step = checkpoint.step if checkpoint else -1
+    lost_steps = runs.steps_to_repeat(directory, max(step, 0))
     metrics = runs.rewind_metrics(directory, step, same_held_out=same_held_out, say=print)
     runs.write_text(directory / "recipe.yaml", dump_recipe(given))
-    environment = {"host": platform.node(), "versions": versions(), "after_step": max(step, 0), "said": said}
-    runs.write_environment(directory, environment)
+    resumed = {"after_step": max(step, 0), "lost_steps": lost_steps, "said": said}
+    runs.write_environment(directory, {"host": platform.node(), "versions": versions(), **resumed})
     return {
         "revision": recipe.model.revision,
         "base": base,

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -169,9 +170,18 @@ def test_the_base_that_is_asked_for_is_the_one(tmp_path: Path, world: World) -> 
 
 
 @pytest.mark.parametrize(
-    ("there", "fetched"), [(("a.safetensors", "a.bin"), {"a.safetensors"}), (("a.bin",), {"a.bin"})]
+    ("there", "fetched"),
+    [
+        (("a.safetensors", "a.bin"), {"a.safetensors"}),
+        (("a.bin",), {"a.bin"}),
+        (
+            ("model-1.safetensors", "model-2.safetensors", "all.safetensors"),
+            {"model-1.safetensors", "model-2.safetensors"},
+        ),
+        (("adapter_model.safetensors", "a.bin"), {"adapter_model.safetensors"}),
+    ],
 )
-def test_of_weights_in_two_formats_one_comes_from_the_hub(
+def test_of_weights_in_several_formats_one_comes_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], fetched: set[str]
 ) -> None:
     def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
@@ -180,7 +190,7 @@ def test_of_weights_in_two_formats_one_comes_from_the_hub(
                 (tmp_path / file).touch()
         return str(tmp_path)
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     hub.fetch_model("The base", "owner/name", None, MergeError)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json"} | fetched
 
