@@ -1,31 +1,21 @@
 """python -m launch COMMAND: check, prepare and submit a run, see how far it is, use what it has made."""
 
-import functools
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from launch import preflight, runs
 from launch.config import DEFAULT_RECIPE, as_override, parse_command_line
-from launch.errors import ConfigError, LaunchError, PreflightError
+from launch.errors import ConfigError, LaunchError
 from launch.modes import keep_private
 from launch.recipe import TINY_MODEL_NAME, Recipe
-from launch.table import format_table
-
-if TYPE_CHECKING:
-    from launch.data import Prepared, Tools
-    from launch.data_page import ShownSample
-
-# What a page shows; besides these, the longest and the shortest of train.
-FIRST_OF_TRAIN, FIRST_OF_EVALUATION = 8, 4
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -47,7 +37,16 @@ def data(
     html: Annotated[Path | None, typer.Option(help="Write a page with lengths and coloured samples.")] = None,
 ) -> None:
     """Prepare the rows as a run would, needing the tokenizer only, and say what became of every one of them."""
-    _refuse_in_one_sentence(lambda: _data(parse_command_line(arguments or []), strict, html))
+
+    def work() -> None:
+        from launch.data_commands import show_data
+
+        num_dropped = show_data(parse_command_line(arguments or []), html)
+        if strict and num_dropped:
+            print(f"--strict: {num_dropped:,} rows were dropped.", file=sys.stderr)
+            raise typer.Exit(1)
+
+    _refuse_in_one_sentence(work)
 
 
 @app.command()
@@ -75,7 +74,13 @@ def preview(
     rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
 ) -> None:
     """Show rows as the model will see them, what is trained marked (green on a terminal, «guillemets» elsewhere)."""
-    _refuse_in_one_sentence(lambda: _preview(parse_command_line(arguments or []), rows))
+
+    def work() -> None:
+        from launch.data_commands import preview_rows
+
+        preview_rows(parse_command_line(arguments or []), rows)
+
+    _refuse_in_one_sentence(work)
 
 
 @app.command()
@@ -238,118 +243,6 @@ def _check(recipe: Recipe) -> None:
     print("The recipe, the base model's config, the adapter's targets and every row pass.")
 
 
-def _data(recipe: Recipe, strict: bool, html: Path | None) -> None:
-    from launch.data import prepare
-    from launch.data_page import data_page
-    from launch.data_report import dropped_rows, report_rows
-
-    @functools.cache
-    def load() -> "Tools":
-        from launch.model import tokenizer_and_template  # imports torch, which prepared data do without
-
-        return tokenizer_and_template(recipe)
-
-    keep_private(group_readable=recipe.run.group_readable)
-    preflight.check_model(recipe.model)
-    directory = recipe.run_directory
-    start = time.monotonic()
-    with runs.open_run(directory):  # which makes the run directory, where the page may go
-        if html is not None:
-            _check_writable(html)
-        prepared = prepare(recipe, directory, load).publish(directory)
-        seconds = time.monotonic() - start
-        page = None if html is None else data_page(recipe.run.name, prepared.report, _shown_samples(prepared, load()))
-    print(format_table(report_rows(prepared.report)))
-    how = "as prepared before" if prepared.was_there else "now prepared"
-    print(f"\n{directory}: {how} ({seconds:.1f} s), with data_report.json, quarantine.jsonl and evaluation_rows.txt.")
-    if html is not None and page is not None:
-        try:
-            runs.write_text(html, page)
-        except OSError as error:
-            raise PreflightError(f"--html: {html} cannot be written: {error.strerror or error}.") from None
-        print(f"{html}: the same as a page, with samples.")
-    dropped = sum(dropped_rows(prepared.report).values())
-    if strict and dropped:
-        print(f"--strict: {dropped:,} rows were dropped.", file=sys.stderr)
-        raise typer.Exit(1)
-
-
-def _check_writable(page: Path) -> None:
-    """Raises PreflightError when the page could not be written; rows may take hours, and it comes after them."""
-    if page.is_dir():
-        raise PreflightError(f"--html: {page} is a directory; name a file.")
-    if not page.parent.is_dir():
-        raise PreflightError(f"--html: there is no directory {page.parent} to write {page.name} to; make it first.")
-    try:
-        with tempfile.TemporaryFile(dir=page.parent):
-            pass
-    except OSError as error:
-        raise PreflightError(f"--html: {page} cannot be written: {error.strerror}.") from None
-
-
-def _shown_samples(prepared: "Prepared", tools: "Tools") -> list["ShownSample"]:
-    """The first samples of train, its longest and its shortest, and the first of evaluation; none of them twice."""
-    import numpy as np
-
-    from launch.data_page import ShownSample
-    from launch.samples import Samples
-    from launch.tokens import stretches
-
-    tokenizer, _ = tools
-    store = Samples.load(prepared.store)
-    train, evaluation = (np.unique(prepared.split[name]) for name in ("train", "evaluation"))  # weights repeat samples
-    longest, shortest = (int(train[find(store.lengths[train])]) for find in (np.argmax, np.argmin))
-    whys = {shortest: "the shortest", longest: "the longest"}
-    of_train = list(dict.fromkeys([*train[:FIRST_OF_TRAIN].tolist(), longest, shortest]))
-    of_evaluation = evaluation[:FIRST_OF_EVALUATION].tolist()
-    row_ids = prepared.row_ids(of_train + of_evaluation)
-    shown = []
-    for place, (sample, row_id) in enumerate(zip(of_train + of_evaluation, row_ids, strict=True)):
-        ids, is_trained = store.sample(sample)
-        shown.append(
-            ShownSample(
-                row_id,
-                "train" if place < len(of_train) else "evaluation",
-                len(ids),
-                int(is_trained.sum()),
-                stretches(ids, is_trained, tokenizer),
-                whys.get(sample, ""),
-            )
-        )
-    return shown
-
-
-def _preview(recipe: Recipe, num_rows: int) -> None:
-    from launch.data import conversations
-    from launch.formats import BadRowError
-    from launch.ledger import Work, render
-    from launch.model import tokenizer_and_template
-    from launch.templates import prove_mask
-    from launch.tokens import special_pattern, stretches, tokenise
-
-    preflight.check(recipe)
-    tokenizer, template = tokenizer_and_template(recipe)
-    prove_mask(template)
-    work = Work(recipe.data, {}, template, tokenizer, special_pattern(tokenizer))
-    for row_id, conversation in islice(conversations(recipe), num_rows):
-        try:
-            if isinstance(conversation, BadRowError):
-                raise conversation
-            rendered = render(conversation, work, row_id)
-        except BadRowError as error:
-            print(f"── {row_id}: dropped, {error.reason}: {error.detail}\n")
-            continue
-        (tokens,) = tokenise([rendered], [conversation.trained_answers], tokenizer)
-        notes = [f"{len(tokens.ids)} tokens, {int(tokens.is_trained.sum())} trained"]
-        notes += [f"in pieces: {tokens.in_pieces}"] if tokens.in_pieces else []
-        if len(tokens.ids) > work.data.max_length:
-            notes.append(f"longer than data.max_length = {work.data.max_length}")
-        notes += [tokens.fault] if tokens.fault else []
-        print(f"── {row_id}: template {template.name}, {', '.join(notes)}")
-        shown = stretches(tokens.ids, tokens.is_trained, tokenizer)
-        print("".join(_mark(text) if is_trained else text for text, is_trained in shown))
-
-
 def _generate(recipe: Recipe, num_rows: int, max_new_tokens: int) -> None:
     from launch.generate import answers
 
@@ -400,10 +293,6 @@ def _merge(
         return
     print(f"{target}: merged in {time.monotonic() - start:.1f} s; merge_report.json says what was compared.")
     print(f"Serve it, for instance with: vllm serve {target}")
-
-
-def _mark(text: str) -> str:
-    return typer.style(text, fg="green") if sys.stdout.isatty() else f"«{text}»"
 
 
 def _refuse_in_one_sentence(work: Callable[[], None]) -> None:

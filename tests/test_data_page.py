@@ -16,7 +16,8 @@ from conftest import World
 from typer.testing import CliRunner
 
 from launch import runs
-from launch.__main__ import FIRST_OF_EVALUATION, FIRST_OF_TRAIN, app
+from launch.__main__ import app
+from launch.data_commands import FIRST_OF_EVALUATION, FIRST_OF_TRAIN
 from launch.data_page import MAX_CHARACTERS, ShownSample, data_page
 
 REPORT: dict[str, Any] = {

@@ -36,7 +36,7 @@ LAYERS = (
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
     "launch.saving launch.start launch.prepare launch.merge_from_disk",
     "launch.answering",
-    "launch.generate launch.chat launch.submit",
+    "launch.data_commands launch.generate launch.chat launch.submit",
     "train launch.__main__",
 )
 NUM_LIGHT_LAYERS = 11  # these start fast on a login node
