@@ -112,25 +112,20 @@ def merge(
     dtype_name: str,
     max_shard_size_bytes: int,
     facts: Callable[[], Mapping[str, object]],
-    load_unquantised: Callable[[torch.dtype], PreTrainedModel] | None = None,
 ) -> None:
     """Merge the live model into `target`, which appears whole or not at all. A collective; rank zero writes.
 
-    A model of transformers becomes what `from_pretrained` reads, any other `model.pth`, a state dict like its own. Of a
-    quantised base, what is not trained comes from what `load_unquantised` gives in the output type, on rank zero, which
-    also asks for the `facts` of merge_report.json.
+    A model of transformers becomes what `from_pretrained` reads, any other `model.pth`, a state dict like its own. Rank
+    zero alone asks for the `facts` of merge_report.json. A quantised base is not what is merged into: that is on disk.
     Raises MergeError when a merged tensor is not finite in the output type.
     """
+    base = model.get_base_model()
+    assert not is_quantised(base), "merge_from_disk is for these"
     parts, ties = plan_merge(model)
-    dtype, is_writer = DTYPES[dtype_name], torch.distributed.get_rank() == 0
-    base, others = model.get_base_model(), None
-    if load_unquantised is not None:
-        base = load_unquantised(dtype) if is_writer else base
-        others = dict(base.state_dict(keep_vars=True)) if is_writer else {}
-    if not is_writer:
-        shards = plan_shards(parts, dtype, max_shard_size_bytes)
+    if torch.distributed.get_rank() != 0:
+        shards = plan_shards(parts, DTYPES[dtype_name], max_shard_size_bytes)
         for part in [part for shard in shards for part in shard]:  # takes part in the gathering
-            with _live(part, others, is_writer=False):
+            with _live(part):
                 pass
         return
     engines.end_zero_init()  # what is written is loaded again, by this rank alone
@@ -138,7 +133,7 @@ def merge(
         target,
         parts,
         ties,
-        lambda part: _live(part, others, is_writer=True),
+        _live,
         base=base,
         tokenizer=tokenizer,
         generation_config=generation_config,
@@ -149,17 +144,11 @@ def merge(
 
 
 @contextmanager
-def _live(part: Part, others: Mapping[str, torch.Tensor] | None, *, is_writer: bool) -> Iterator[Pieces]:
-    """A part's pieces while inside, whole on rank zero; a collective.
-
-    `others`, if given, has the base's tensors by name, whole on rank zero; the live ones are quantised.
-    """
+def _live(part: Part) -> Iterator[Pieces]:
+    """A part's pieces while inside, whole on rank zero; a collective."""
     masters = [engines.whole_master(parameter).cpu() for parameter in part.masters]
     if part.base is None:
         yield Pieces(lambda first, last: _rows(masters[0], first, last))
-    elif others is not None:
-        known = others[part.name].detach() if is_writer else torch.empty(0)
-        yield Pieces(lambda first, last: _rows(known, first, last), masters)
     else:
         with engines.whole_parameter(part.base) as whole:
             yield Pieces(lambda first, last: _rows(whole, first, last).to("cpu", copy=True), masters)

@@ -37,7 +37,7 @@ from launch.recipe import ModelBlock, Recipe
 from launch.remote_code import check_remote_code
 from launch.runs import SAVING
 from launch.shards import Stored, read_model, read_safetensors
-from launch.vocabulary import add_rows, own_rows, row_names, rows_with_mean
+from launch.vocabulary import add_rows, own_rows, row_names, with_mean
 
 # Ways to begin that take something away from the base, which is then not the one on disk.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -51,6 +51,7 @@ class Source:
     recipe: Recipe | None  # of the run that it belongs to
     precision: str | None  # that it was trained in
     stop_tokens: tuple[str, ...]  # that ended the trained answers; empty for what is no run's
+    base_fingerprint: str | None  # of the base that the run began with
 
 
 def find_source(path: Path) -> Source:
@@ -58,14 +59,14 @@ def find_source(path: Path) -> Source:
     run = next((place for place in (path, path.parent) if (place / "recipe.yaml").is_file()), path.parent.parent)
     recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
     directory = path / "adapter" if path == run and (path / "adapter").is_dir() else path
-    precision, stop_tokens = None, ()
+    precision, stop_tokens, base_fingerprint = None, (), None
     if recipe is not None:
         newest = checkpoints.newest_step(run)
         if path == run and not (path / "adapter").is_dir() and newest:
             directory = checkpoints.path_of_step(run, newest)
         if newest:
             state = json.loads((checkpoints.path_of_step(run, newest) / "state.json").read_text(encoding="utf-8"))
-            precision = state["identity"]["precision"]
+            precision, base_fingerprint = state["identity"]["precision"], state["identity"]["base"]
             recipe = with_revision(recipe, state["identity"]["recipe"]["model"]["revision"])  # that it began with
         if (run / "data_report.json").is_file():  # none: nothing was prepared, and there is no adapter either
             report = json.loads((run / "data_report.json").read_text(encoding="utf-8"))
@@ -81,7 +82,7 @@ def find_source(path: Path) -> Source:
             checkpoints.verify(directory)
         except CheckpointError as error:
             raise MergeError(str(error)) from None
-    return Source(directory, recipe, precision, stop_tokens)
+    return Source(directory, recipe, precision, stop_tokens, base_fingerprint)
 
 
 def merge_from_disk(
@@ -103,12 +104,16 @@ def merge_from_disk(
     name, settings = _base(source, base, str(peft_config.base_model_name_or_path), trust_remote_code)
     directory, commit = fetch_model("The base", name, settings.revision, MergeError)
     check_remote_code(settings, directory, commit, consent="give --trust-remote-code")
+    fingerprint = fingerprint_base(name, settings)
+    if base is None and source.base_fingerprint not in (None, fingerprint):
+        raise MergeError(
+            f"{name} has changed since {source.adapter} was trained on it; bring back the files that it had, or name "
+            "the base to merge into with --base."
+        )
     stored = read_model(directory)
     trained = read_safetensors(source.adapter / WEIGHTS_FILE)
     dtype_name = dtype_name or _dtype_name(source, stored)
-    facts = merging.facts_of(
-        source.adapter / WEIGHTS_FILE, name, fingerprint_base(name, settings), max_shard_size_bytes
-    )
+    facts = merging.facts_of(source.adapter / WEIGHTS_FILE, name, fingerprint, max_shard_size_bytes)
     if _is_there(target, {"dtype": dtype_name, **facts}, overwrite):
         return False
 
@@ -191,6 +196,11 @@ def _base(source: Source, base: str | None, of_adapter: str, trust_remote_code: 
         return name, ModelBlock(name_or_path=name, trust_remote_code=trust_remote_code)
     if source.recipe.model.factory is not None:
         raise MergeError(f"{source.adapter}: a model of a factory is merged at the end of its run only.")
+    if source.recipe.model.load_in_4bit and getattr(source.recipe.adapter, "use_dora", False):
+        raise MergeError(
+            f"{source.adapter}: DoRA learned magnitudes of the weights as they are in 4 bits, so that it cannot be "
+            "merged into those in 16 bits; serve the base in 4 bits with the adapter."
+        )
     settings = source.recipe.model.model_copy(update={"load_in_4bit": False})
     if base is None:
         return str(resolve_base(source.recipe)), settings
@@ -326,8 +336,6 @@ def _from_disk(
     if part.base is None:
         yield Pieces(lambda first, last: masters[0][first:last])
     elif own is not None:
-        rows, dtype = own
-        whole = rows_with_mean(on_disk[part.name].whole().to(dtype), rows, part.shape[0])
-        yield Pieces(lambda first, last: whole[first:last], masters)
+        yield Pieces(with_mean(on_disk[part.name].read, own[0], part.shape, own[1]), masters)
     else:
         yield Pieces(on_disk[part.name].read, masters)

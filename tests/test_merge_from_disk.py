@@ -166,6 +166,13 @@ def test_the_base_that_is_asked_for_is_the_one(tmp_path: Path, world: World) -> 
         load_file(place / "model.safetensors")["model.norm.weight"] for place in (tmp_path / "merged", run / "merged")
     )
     assert torch.equal(ours, of_run + 1)
+    before = (world.base / "model.safetensors").read_bytes()
+    shutil.copy(tmp_path / "elsewhere" / "model.safetensors", world.base)
+    with pytest.raises(
+        MergeError, match=r"base has changed since .*adapter was trained on it; bring back the files th"
+    ):
+        merge_from_disk(find_source(run), tmp_path / "other", max_shard_size_bytes=10**9)
+    (world.base / "model.safetensors").write_bytes(before)
 
 
 @pytest.mark.parametrize(
