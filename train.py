@@ -111,7 +111,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
 
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
     prepare_all = functools.partial(prepare_run, recipe, precision, stopwatch)
-    found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_all())))
+    found = json.loads(engines.after_rank_zero("prepare", lambda: json.dumps(prepare_all())))
     recipe = with_revision(recipe, found["revision"])
     tokenizer, template = tokenizer_and_template(recipe, found["base"])
     tokenizer.chat_template = template.for_serving
@@ -169,6 +169,8 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
         merge_chosen(job, found, base, dtype_name, chosen)
+        engines.after_rank_zero("merged")
+        dist.barrier()  # of ranks that are all here: they leave the process group, and its store, together
     end_trackers(accelerator)
     if accelerator.is_main_process:
         runs.write_status(recipe.run_directory, "finished", "every step is done", step=job.total_steps)
@@ -352,11 +354,15 @@ def evaluate_if_due(job: Job, log: RunLog, saves: Saves, done: int, skipped_step
 def use_chosen_step(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> int:
     """The last step, or the best one put back into the engine if the recipe says so; its adapter is exported."""
     directory, settings, last = job.recipe.run_directory, job.recipe.train, job.total_steps
-    choice = torch.tensor(last, device=job.accelerator.device)
-    if settings.load_best_model_at_end and job.accelerator.is_main_process:
-        choice.fill_(checkpoints.best_verified(directory, evaluations, settings.metric_for_best_model, print) or last)
-    dist.broadcast(choice, src=0)
-    chosen = int(choice)
+
+    def choose() -> str:
+        metric = settings.metric_for_best_model
+        best = (
+            checkpoints.best_verified(directory, evaluations, metric, print) if settings.load_best_model_at_end else 0
+        )
+        return str(best or last)
+
+    chosen = int(engines.after_rank_zero("choose", choose))  # which may read every byte of several checkpoints
     path = checkpoints.path_of_step(directory, chosen)
     if chosen != last:
         checkpoints.restore(Resumable.read(path), job.engine)

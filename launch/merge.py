@@ -145,7 +145,11 @@ def merge(
 
 @contextmanager
 def _live(part: Part) -> Iterator[Pieces]:
-    """A part's pieces while inside, whole on rank zero; a collective."""
+    """A part's pieces while inside, whole on rank zero; a collective.
+
+    In which nobody waits: rank zero comes to it from writing the part before, which takes as long as the disk does.
+    """
+    engines.after_rank_zero(f"merge {part.name}")
     masters = [engines.whole_master(parameter).cpu() for parameter in part.masters]
     if part.base is None:
         yield Pieces(lambda first, last: _rows(masters[0], first, last))
