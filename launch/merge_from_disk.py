@@ -7,7 +7,7 @@ from a file. The base is read where it is and never written.
 import glob
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from launch.model import (
 from launch.recipe import ModelBlock, Recipe
 from launch.remote_code import check_remote_code
 from launch.runs import SAVING
-from launch.shards import Stored, read_model, read_safetensors
+from launch.shards import Stored, read_model, read_safetensors, row_blocks
 from launch.vocabulary import add_rows, own_rows, row_names, with_mean
 
 # Ways to begin that take something away from the base, which is then not the one on disk.
@@ -122,9 +122,10 @@ def merge_from_disk(
     skeleton, own = _skeleton(directory, settings, tokenizer, added, trained)
     by_token, names = row_names(skeleton), _names(skeleton)
     model = get_peft_model(skeleton, peft_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
-    keys = _keys(model, trained)
+    keys = _keys(model, trained, by_token)
     parts, ties = merging.plan_merge(model)
-    parts, on_disk = _on_disk(parts, stored, trained, skeleton.base_model_prefix, by_token, names)
+    of_base = {key: tensor for key, tensor in trained.items() if key not in keys.values()}
+    parts, on_disk = _on_disk(parts, stored, of_base, skeleton.base_model_prefix, by_token, bool(own), names)
     dtype = DTYPES[source.precision or "fp32"]  # that the base had while rows were added to it
     for path in target.parent.glob(f"{SAVING}{glob.escape(target.name)}-*"):  # of a merge that was killed
         shutil.rmtree(path, ignore_errors=True)
@@ -247,17 +248,19 @@ def _generation_config(
     return serving_generation_config(skeleton, [int(tokenizer.convert_tokens_to_ids(end)) for end in ends])
 
 
-def _keys(model: PeftModel, trained: Mapping[str, Stored]) -> dict[int, str]:
+def _keys(model: PeftModel, trained: Mapping[str, Stored], by_token: Set[str]) -> dict[int, str]:
     """Of each trained parameter, by identity, the name in the adapter's file: every one is there, and nothing else.
 
-    PEFT adds the whole embeddings to some; they are the base's, and what was trained of them stands beside them.
+    PEFT adds the base's whole embeddings to some, and then what it saves of them stands there twice.
     """
     state = dict(model.named_parameters(remove_duplicate=False))
     expected = get_peft_model_state_dict(
         model, state_dict=state, adapter_name=ADAPTER_NAME, save_embedding_layers=False
     )
     missing = sorted(expected.keys() - trained.keys())
-    extra = sorted(key for key in trained.keys() - expected.keys() if not key.endswith(".base_layer.weight"))
+    of_base = {key for name in by_token for key in _keys_of_base(name)}
+    extra = sorted(trained.keys() - expected.keys() - of_base)
+    extra = [key for key in extra if not any(_are_same(trained[key], trained[twin]) for twin in _twins(key, expected))]
     for fault, keys in (("is not in the adapter", missing), ("is in the adapter, and in no layer of the base", extra)):
         if keys:
             raise MergeError(f"{keys[0]} {fault} ({len(keys)} such tensors); is this the base it was trained on?")
@@ -273,9 +276,10 @@ def _keys(model: PeftModel, trained: Mapping[str, Stored]) -> dict[int, str]:
 def _on_disk(
     parts: Sequence[Part],
     stored: Mapping[str, Stored],
-    trained: Mapping[str, Stored],
+    of_base: Mapping[str, Stored],  # what PEFT has saved of it, in the place of what is stored
     prefix: str,
     by_token: Set[str],
+    may_grow: bool,  # whether their rows are made when the base has too few
     own_names: Mapping[int, Sequence[str]],  # of the base's parameters, by identity; several for tied ones
 ) -> tuple[list[Part], dict[str, Stored]]:
     """(the parts under the names of the base's files, by name what each is made of).
@@ -288,15 +292,26 @@ def _on_disk(
         if part.base is None:
             renamed.append(part)
             continue
+        if part.tokens is not None and max(part.tokens.token_indices[ADAPTER_NAME]) >= part.shape[0]:
+            raise MergeError(
+                f"The adapter trains row {max(part.tokens.token_indices[ADAPTER_NAME])} of {part.name}, which has "
+                f"{part.shape[0]} in the base; is this the base it was trained on?"
+            )
         for name, shape in part.published:
             ties = [tie for tie in own_names.get(id(part.base), ()) if tie != part.name]
             candidates = [c for n in (name, *ties) for c in (n, n.removeprefix(f"{prefix}."), f"{prefix}.{n}")]
             tensor = next((stored[known] for known in candidates if known in stored), None)
-            tensor = _whole_embedding(part.name, trained) or tensor
+            saved = (_whole_embedding(known, of_base) for known in (part.name, *ties))
+            tensor = next(filter(None, saved), tensor)
             if tensor is None:
                 raise MergeError(f"{name} is in no file of the base; is this the base the adapter was trained on?")
-            is_longer = part.name in by_token and tensor.shape[0] < shape[0]
-            if tensor.shape != shape and not (is_longer and tensor.shape[1:] == shape[1:]):
+            is_longer = part.name in by_token and tensor.shape[0] < shape[0] and tensor.shape[1:] == shape[1:]
+            if is_longer and not may_grow:
+                raise MergeError(
+                    f"{name} has {tensor.shape[0]} rows in the base, and the adapter was trained with {shape[0]}, of "
+                    "which it has not saved the others; give the base that was resized with --base."
+                )
+            if tensor.shape != shape and not is_longer:
                 raise MergeError(
                     f"{name} has the shape {list(tensor.shape)} in the base, and the adapter wants {list(shape)}; is "
                     "this the base it was trained on?"
@@ -318,9 +333,26 @@ def resize_as_saved(skeleton: PreTrainedModel, trained: Mapping[str, Stored]) ->
 
 def _whole_embedding(name: str, trained: Mapping[str, Stored]) -> Stored | None:
     """What the adapter's file has in the place of this parameter of the base."""
+    return next((trained[key] for key in _keys_of_base(name) if key in trained), None)
+
+
+def _keys_of_base(name: str) -> list[str]:
+    """Under which PEFT may save a parameter of the base: inside what the layer has become, or as it is."""
     stem, _, leaf = name.rpartition(".")
-    keys = (f"base_model.model.{stem}.base_layer.{leaf}", f"base_model.model.{name}")
-    return next((trained[key] for key in keys if key in trained), None)
+    places = ("base_layer.", "token_adapter.base_layer.", "original_module.", "")
+    return [f"base_model.model.{stem}.{place}{leaf}" for place in places]
+
+
+def _twins(key: str, expected: Collection[str]) -> list[str]:
+    """What may be the same tensor: a module that is saved has two names, and of tied embeddings each has the rows."""
+    rows = ".token_adapter.trainable_tokens_delta"
+    plain = key.replace(".modules_to_save.", ".")
+    return [twin for twin in expected if twin == plain or (key.endswith(rows) and twin.endswith(rows))]
+
+
+def _are_same(one: Stored, other: Stored) -> bool:
+    blocks = row_blocks(one.shape)
+    return one.shape == other.shape and all(torch.equal(one.read(*rows), other.read(*rows)) for rows in blocks)
 
 
 @contextmanager
