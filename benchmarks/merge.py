@@ -93,16 +93,27 @@ def copy(work: Path, out: Path) -> None:
             os.fsync(file.fileno())
 
 
+def read(work: Path, out: Path) -> None:
+    """The base's files once, from the first byte to the last."""
+    out.mkdir()
+    block = bytearray(1 << 20)
+    for path in (work / "base").glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+
+
 SIDES: dict[str, Callable[[Path, Path], None]] = {
     "cairn": cairn,
     "peft, fp16": peft(torch.float16),
     "peft, fp32": peft(torch.float32),
     "cp": copy,
+    "read": read,
 }
 
 
 def measured(side: str, work: Path, out: Path) -> dict[str, float]:
-    """Seconds, and peak resident memory above that of the imports, in a new process."""
+    """Seconds, those of the CPU, and peak resident memory above that of the imports, in a new process."""
     context = multiprocessing.get_context("spawn")  # a fork would share, and break, this one's threads
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=run, args=(sender, side, work, out))
@@ -119,10 +130,10 @@ def run(sender: Any, side: str, work: Path, out: Path) -> None:
     transformers.logging.disable_progress_bar()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew at what is resident now
     before = peak_mib()
-    begin = time.monotonic()
+    begin, begin_cpu = time.monotonic(), time.process_time()
     SIDES[side](work, out)
-    seconds = time.monotonic() - begin
-    sender.send({"seconds": seconds, "mib": peak_mib() - before})
+    seconds, cpu_seconds = time.monotonic() - begin, time.process_time() - begin_cpu
+    sender.send({"seconds": seconds, "cpu_seconds": cpu_seconds, "mib": peak_mib() - before})
 
 
 def peak_mib() -> float:
@@ -175,10 +186,13 @@ def measure(options: argparse.Namespace, gigabytes: float, work: Path) -> list[d
                 shutil.rmtree(work / "out")
         for side, repeats in runs.items():
             seconds = [one["seconds"] for one in repeats]
+            cpu_seconds = statistics.median(one["cpu_seconds"] for one in repeats)
             mib = max(one["mib"] for one in repeats)
-            results.append({"bytes": size_bytes, "cache": cache, "side": side, "seconds": seconds, "mib": mib})
+            figures = {"seconds": seconds, "cpu_seconds": cpu_seconds, "mib": mib}
+            results.append({"bytes": size_bytes, "cache": cache, "side": side, **figures})
             low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
-            print(f"  {cache}  {side:12} {middle:7.2f} s  ({low:.2f} - {high:.2f})  {mib:8,.0f} MiB", flush=True)
+            times = f"{middle:7.2f} s  {f'({low:.2f} - {high:.2f})':17} {cpu_seconds:7.2f} CPU s"
+            print(f"  {cache}  {side:12} {times} {mib:8,.0f} MiB", flush=True)
     return results
 
 

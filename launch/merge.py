@@ -7,6 +7,7 @@ import copy
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -90,14 +91,19 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
             seen[id(tensor)] = name
         parts.append(Part(name, tensor, lora=lora, tokens=tokens, added_bias=added_bias))
     _check_all_used(model, parts)
-    return [replace(part, published=_published(base, part)) for part in parts], ties
+    return _with_published(base, parts), ties
 
 
-def _published(base: torch.nn.Module, part: Part) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    if not isinstance(base, PreTrainedModel):
-        return ()
-    reverted = revert_weight_conversion(base, {part.name: torch.empty(part.shape, device="meta")})
-    return tuple((name, tuple(tensor.shape)) for name, tensor in reverted.items())
+def _with_published(base: torch.nn.Module, parts: Sequence[Part]) -> list[Part]:
+    """The parts with the names that the hub's files have for them."""
+    empty = {part.name: torch.empty(part.shape, device="meta") for part in parts}
+    is_renamed = isinstance(base, PreTrainedModel) and revert_weight_conversion(base, empty).keys() != empty.keys()
+    published = []
+    for part in parts:  # one by one, since some become several; and only if need be, since each look takes a while
+        own = {part.name: empty[part.name]}
+        found = revert_weight_conversion(base, own) if is_renamed else own
+        published.append(replace(part, published=tuple((name, tuple(tensor.shape)) for name, tensor in found.items())))
+    return published
 
 
 # ---- from the live engine ----
@@ -257,21 +263,32 @@ def _write_shards(
     dtype: torch.dtype,
 ) -> dict[str, Identity]:
     """safetensors shards and their index, under the names that the hub's files have."""
-    identities: dict[str, Identity] = {}
+    _keep_freed_memory()
+    closing: dict[str, Future[Identity]] = {}
     layouts = [[layout for part in shard for layout in part.layouts(dtype)] for shard in shards]
-    for name, shard, places in zip(shard_names(len(shards)), shards, layouts, strict=True):
-        file = ShardFile(directory / name, places)
-        for part, rows in zip(shard, blocks, strict=False):
-            if len(part.published) > 1:  # fused experts: whole, and taken apart again
-                whole = torch.cat(list(rows))
-                rows = iter(revert_weight_conversion(base, {part.name: whole}).values())
-            for block in rows:
-                file.append(block)
-        identities[name] = file.close()
-    next(blocks, None)  # ends the progress bar
+    with ThreadPoolExecutor(1, "write") as writer, ThreadPoolExecutor(1, "sha256") as hasher:
+        for name, shard, places in zip(shard_names(len(shards)), shards, layouts, strict=True):
+            file = ShardFile(directory / name, places, writer, hasher)
+            for part, rows in zip(shard, blocks, strict=False):
+                if len(part.published) > 1:  # fused experts: whole, and taken apart again
+                    whole = torch.cat(list(rows))
+                    rows = iter(revert_weight_conversion(base, {part.name: whole}).values())
+                for block in rows:
+                    file.append(block)
+            closing[name] = file.close()
+        next(blocks, None)  # ends the progress bar
+        identities = {name: identity.result() for name, identity in closing.items()}
     if len(shards) > 1:
         write_json(directory / "model.safetensors.index.json", index_of(layouts))
     return identities
+
+
+def _keep_freed_memory() -> None:
+    """Let the blocks share their memory: what malloc gave back and took again cost a quarter of a merge's CPU time.
+
+    glibc keeps as much as twice the largest block that it has seen freed, up to 32 MB (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _write_state_dict(

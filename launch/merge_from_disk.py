@@ -121,7 +121,9 @@ def merge_from_disk(
     added = added_token_ids(tokenizer, str(directory), settings) if source.recipe else set()
     skeleton, own = _skeleton(directory, settings, tokenizer, added, trained)
     by_token, names = row_names(skeleton), _names(skeleton)
-    model = get_peft_model(skeleton, peft_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    model = get_peft_model(
+        skeleton, peft_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+    )
     keys = _keys(model, trained, by_token)
     parts, ties = merging.plan_merge(model)
     of_base = {key: tensor for key, tensor in trained.items() if key not in keys.values()}
@@ -129,19 +131,33 @@ def merge_from_disk(
     dtype = DTYPES[source.precision or "fp32"]  # that the base had while rows were added to it
     for path in target.parent.glob(f"{SAVING}{glob.escape(target.name)}-*"):  # of a merge that was killed
         shutil.rmtree(path, ignore_errors=True)
-    merging.write_merged(
-        target,
-        parts,
-        ties,
-        lambda part: _from_disk(part, on_disk, keys, trained, (own, dtype) if part.name in by_token and own else None),
-        base=skeleton,
-        tokenizer=tokenizer,
-        generation_config=_generation_config(source, skeleton, tokenizer),
-        dtype_name=dtype_name,
-        max_shard_size_bytes=max_shard_size_bytes,
-        facts=facts,
-    )
+    with _one_thread():
+        merging.write_merged(
+            target,
+            parts,
+            ties,
+            lambda part: _from_disk(
+                part, on_disk, keys, trained, (own, dtype) if part.name in by_token and own else None
+            ),
+            base=skeleton,
+            tokenizer=tokenizer,
+            generation_config=_generation_config(source, skeleton, tokenizer),
+            dtype_name=dtype_name,
+            max_shard_size_bytes=max_shard_size_bytes,
+            facts=facts,
+        )
     return True
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Of torch's: a block is too small to be shared out, and the threads that hash and write want the other cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _skeleton(

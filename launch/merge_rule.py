@@ -4,6 +4,7 @@ The rule: the base tensor is cast to the output type, scaling * B A is formed an
 DoRA scales the rows of the sum to its magnitudes, and the result is rounded once.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -91,12 +92,11 @@ class Proof:
 
     matrices: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def add(self, name: str, merged: torch.Tensor, rounded: torch.Tensor, deviation: float) -> None:
-        """A block of a matrix to which something was added, before and after rounding."""
-        error = float((rounded.float() - merged).abs().max()) if merged.numel() else 0.0
+    def add(self, name: str, rounding_error: float, deviation: float) -> None:
+        """A block of a matrix to which something was added."""
         seen = self.matrices.setdefault(name, {"rounding_error": 0.0, "probe_deviation": 0.0})
         self.matrices[name] = {
-            "rounding_error": max(seen["rounding_error"], error),
+            "rounding_error": max(seen["rounding_error"], rounding_error),
             "probe_deviation": max(seen["probe_deviation"], deviation),
         }
 
@@ -114,16 +114,15 @@ def add_lora(
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: float,
-    dtype: torch.dtype,
     magnitude: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """W [out, in] + scaling * B [out, r] A [r, in], its rows of DoRA's magnitude [out], before it is rounded.
 
-    Of rows of W, with those rows of B and of the magnitude.
+    All are in fp32. Of rows of W, with those rows of B and of the magnitude.
     """
-    merged = weight.to(dtype).float() + scaling * (lora_b.float() @ lora_a.float())
+    merged = weight + (lora_b @ lora_a).mul_(scaling)
     if magnitude is not None:
-        merged *= (magnitude.float() / torch.linalg.norm(merged, dim=1))[:, None]
+        merged *= (magnitude / torch.linalg.norm(merged, dim=1))[:, None]
     return merged
 
 
@@ -135,14 +134,20 @@ def _deviation(
     scaling: float,
     magnitude: torch.Tensor | None,
 ) -> float:
-    """Of merged @ x from W x + scaling * B (A x) for random x, in terms of |W| |x|; `weight` is in fp32."""
-    x = torch.randn(weight.shape[1], 2, generator=torch.Generator().manual_seed(0))
-    expected = weight @ x + scaling * (lora_b.float() @ (lora_a.float() @ x))
+    """Of merged @ x from W x + scaling * B (A x) for random x, in terms of |W| |x|, row by row; all are in fp32."""
+    x = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
+    expected = weight @ x + scaling * (lora_b @ (lora_a @ x))
     if magnitude is not None:  # each row of the merged matrix has its length
-        lengths = torch.linalg.norm(weight + scaling * lora_b.float() @ lora_a.float(), dim=1)
-        expected *= (magnitude.float() / lengths)[:, None]
-    size = merged.abs() @ x.abs() + weight.abs() @ x.abs()
-    return float(((merged @ x - expected).abs() / size.clamp_min(1e-30)).max())
+        expected *= magnitude / torch.linalg.norm(weight + scaling * lora_b @ lora_a, dim=1)
+    lengths = torch.linalg.vector_norm(merged, dim=1) + torch.linalg.vector_norm(weight, dim=1)  # [out]
+    size = (lengths * torch.linalg.vector_norm(x)).clamp_min_(1e-30)
+    return float(((merged @ x - expected).abs_() / size).max())
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """Of the numbers without their signs; not finite if one of them is not. isfinite() takes far longer in fp16."""
+    low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()),) * 2
+    return max(-float(low), float(high))
 
 
 def merged_blocks(part: Part, pieces: Pieces, dtype: torch.dtype, proof: Proof) -> Iterator[torch.Tensor]:
@@ -160,7 +165,7 @@ def merged_blocks(part: Part, pieces: Pieces, dtype: torch.dtype, proof: Proof) 
         if part.added_bias is not None:
             value = (value.to(dtype).float() + scaling * pieces.masters[0][first:last].float()).to(dtype)
         elif is_matrix:
-            lora_a, lora_b, *magnitudes = pieces.masters
+            lora_a, lora_b, *magnitudes = (master.float() for master in pieces.masters)
             magnitude = magnitudes[0] if magnitudes else None
             if part.is_transposed:
                 weight = value.t()  # [out, rows]
@@ -168,16 +173,17 @@ def merged_blocks(part: Part, pieces: Pieces, dtype: torch.dtype, proof: Proof) 
             else:
                 weight, lora_b = value, lora_b[first:last]
                 magnitude = None if magnitude is None else magnitude[first:last]
-            merged = add_lora(weight, lora_a, lora_b, scaling, dtype, magnitude)
-            deviation = _deviation(merged, weight.to(dtype).float(), lora_a, lora_b, scaling, magnitude)
-            if not deviation <= _PROBE_TOLERANCE and bool(torch.isfinite(merged).all()):
+            weight = weight.to(dtype).float()
+            merged = add_lora(weight, lora_a, lora_b, scaling, magnitude)
+            deviation = _deviation(merged, weight, lora_a, lora_b, scaling, magnitude)
+            if not deviation <= _PROBE_TOLERANCE and math.isfinite(_largest(merged)):
                 raise MergeError(
                     f"{part.name}: for a random x the merged matrix gives {deviation:.1e} (of its size) else than base "
                     "and adapter do; nothing was written, and this is a fault of the merge to be reported."
                 )
             merged = merged.t() if part.is_transposed else merged
             value = merged.to(dtype)
-            proof.add(part.name, merged, value, deviation)
+            proof.add(part.name, _largest(value - merged), deviation)
         elif value.is_floating_point():
             value = value.to(dtype)
         if part.tokens is not None:
@@ -185,7 +191,7 @@ def merged_blocks(part: Part, pieces: Pieces, dtype: torch.dtype, proof: Proof) 
             for row, index in enumerate(part.tokens.token_indices[ADAPTER_NAME]):
                 if first <= index < last:
                     value[index - first] = pieces.masters[0][row].to(dtype)
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not math.isfinite(_largest(value)):
             raise MergeError(
                 f"{part.name} is not finite in {str(dtype).removeprefix('torch.')}; "
                 "set run.merge_dtype (or --dtype) to bfloat16 or float32 and run the same command again."

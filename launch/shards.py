@@ -5,11 +5,13 @@ The format is that of https://huggingface.co/docs/safetensors: eight bytes with 
 """
 
 import hashlib
+import io
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +33,8 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-BLOCK_BYTES = 8 << 20  # of fp32: what is in memory at a time
+BLOCK_BYTES = 2 << 20  # of fp32: what is worked on at a time
+_BLOCKS_AHEAD = 2  # that wait to be written
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -70,15 +73,15 @@ class Stored:
 def read_safetensors(path: Path) -> dict[str, Stored]:
     """What is in a file, by name; nothing but the header is read. Raises MergeError when the file is not whole."""
     try:
-        with path.open("rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            (header_bytes,) = (int.from_bytes(file.read(8), "little"),)
-            if header_bytes > size_bytes:
-                raise ValueError("it ends in its header")
-            header = json.loads(file.read(header_bytes))
+        file = _HeldFile(path)
+        size_bytes = os.fstat(file.fileno()).st_size
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > size_bytes:
+            raise ValueError("it ends in its header")
+        header = json.loads(file.read(header_bytes))
         header.pop("__metadata__", None)
         start = 8 + header_bytes
-        found = {name: _stored(path, name, entry, start) for name, entry in header.items()}
+        found = {name: _stored(file, path, name, entry, start) for name, entry in header.items()}
         end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if end != size_bytes:
             raise ValueError(f"it has {size_bytes:,} bytes, and its header speaks of {end:,}")
@@ -87,18 +90,27 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     return found
 
 
-def _stored(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Stored:
+class _HeldFile(io.FileIO):
+    """Open for reading until the last tensor that is read from it is forgotten."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _stored(file: _HeldFile, path: Path, name: str, entry: Mapping[str, Any], start: int) -> Stored:
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin = start + entry["data_offsets"][0]
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
     def read(first: int, last: int) -> torch.Tensor:
-        block = bytearray((last - first) * row_bytes)
-        with path.open("rb", buffering=0) as file:
-            file.seek(begin + first * row_bytes)
-            if file.readinto(block) != len(block):
+        block = torch.empty(last - first, *shape[1:], dtype=dtype)
+        left, at = block.view(-1).view(torch.uint8).numpy().data, begin + first * row_bytes
+        while left:
+            num_bytes = os.preadv(file.fileno(), [left], at)
+            if not num_bytes:
                 raise MergeError(f"{path} became shorter while {name} was read.")
-        return torch.frombuffer(block, dtype=dtype).reshape(last - first, *shape[1:]) if block else torch.empty(0)
+            left, at = left[num_bytes:], at + num_bytes
+        return block
 
     return Stored(name, dtype, shape, read)
 
@@ -170,9 +182,12 @@ def index_of(shards: Sequence[Sequence[Layout]]) -> dict[str, Any]:
 
 
 class ShardFile:
-    """A safetensors file that is written from its first byte to its last, and hashed beside the writing."""
+    """A safetensors file that is written from its first byte to its last, and hashed, each in a thread of its own.
 
-    def __init__(self, path: Path, layouts: Sequence[Layout]) -> None:
+    The threads have one worker each; what one of them raises is raised by the next call.
+    """
+
+    def __init__(self, path: Path, layouts: Sequence[Layout], writer: Executor, hasher: Executor) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end_bytes = 0
         for layout in layouts:
@@ -186,33 +201,34 @@ class ShardFile:
         text += b" " * (-len(text) % 8)  # so that the tensors are aligned
         self._file: BinaryIO = path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, "sha256")
-        self._hashing: Future[None] | None = None
-        self._size_bytes = 0
-        self._write(memoryview(len(text).to_bytes(8, "little") + text))
+        self._writer, self._hasher = writer, hasher
+        self._pending: deque[tuple[Future[None], Future[None]]] = deque()
+        self._add(memoryview(len(text).to_bytes(8, "little") + text))
 
     def append(self, block: torch.Tensor) -> None:
-        """The next numbers of the tensor that is being written."""
+        """The next numbers of the tensor that is being written; they stay as they are until they are on their way."""
         if block.numel():
-            self._write(block.contiguous().view(-1).view(torch.uint8).numpy().data)
+            self._add(block.contiguous().view(-1).view(torch.uint8).numpy().data)
 
-    def close(self) -> dict[str, Any]:
-        """Its size and SHA-256, once it is on disk."""
-        self._settle()
-        self._thread.shutdown()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return {"bytes": self._size_bytes, "sha256": self._digest.hexdigest()}
+    def close(self) -> Future[dict[str, Any]]:
+        """Its size and SHA-256, once it is on disk; the next file may be begun meanwhile."""
+        self._settle(0)
+        return self._writer.submit(self._end)
+
+    def _add(self, block: memoryview) -> None:
+        self._settle(_BLOCKS_AHEAD)
+        self._pending.append((self._writer.submit(self._write, block), self._hasher.submit(self._digest.update, block)))
+
+    def _settle(self, num_left: int) -> None:
+        while len(self._pending) > num_left:
+            for future in self._pending.popleft():
+                future.result()
 
     def _write(self, block: memoryview) -> None:
-        self._settle()
-        self._hashing = self._thread.submit(self._digest.update, block)
         while block:
-            written = self._file.write(block)
-            self._size_bytes += written
-            block = block[written:]
+            block = block[self._file.write(block) :]
 
-    def _settle(self) -> None:
-        if self._hashing is not None:
-            self._hashing.result()
-            self._hashing = None
+    def _end(self) -> dict[str, Any]:
+        with self._file:
+            os.fsync(self._file.fileno())
+            return {"bytes": self._file.tell(), "sha256": self._digest.hexdigest()}
