@@ -37,7 +37,7 @@ from launch.recipe import ModelBlock, Recipe
 from launch.remote_code import check_remote_code
 from launch.runs import SAVING
 from launch.shards import Stored, read_model, read_safetensors, row_blocks
-from launch.vocabulary import add_rows, own_rows, row_names, with_mean
+from launch.vocabulary import add_rows, own_rows, row_names, set_token_ids, with_mean
 
 # Ways to begin that take something away from the base, which is then not the one on disk.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -175,6 +175,7 @@ def _skeleton(
         )
     if (directory / "generation_config.json").is_file():
         skeleton.generation_config = GenerationConfig.from_pretrained(str(directory))
+    set_token_ids(skeleton, tokenizer, settings)
     own = own_rows(skeleton, tokenizer, added) if added else []
     add_rows(skeleton, added)
     resize_as_saved(skeleton, trained)

@@ -23,10 +23,7 @@ def fit_vocabulary(
     it was there before (a base may have more rows than tokens, all untrained) or is new, for which the number of rows
     grows to a multiple of 64. Nothing happens when no token was added. Raises ModelError for what cannot be resized.
     """
-    for name in ("eos_token", "pad_token"):
-        if getattr(settings, name) is not None:
-            for config in filter(None, (model.config, model.generation_config)):
-                setattr(config, f"{name}_id", getattr(tokenizer, f"{name}_id"))
+    set_token_ids(model, tokenizer, settings)
     if not added:
         return
     own = own_rows(model, tokenizer, added)
@@ -35,6 +32,14 @@ def fit_vocabulary(
     with engines.written_whole(tensors), torch.no_grad():
         for tensor in tensors:
             _fill_others(tensor, own)
+
+
+def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ModelBlock) -> None:
+    """Tell the model's configs which end and padding tokens the recipe has given it."""
+    for name in ("eos_token", "pad_token"):
+        if getattr(settings, name) is not None:
+            for config in filter(None, (model.config, model.generation_config)):
+                setattr(config, f"{name}_id", getattr(tokenizer, f"{name}_id"))
 
 
 def own_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: Set[int]) -> list[int]:

@@ -347,14 +347,16 @@ def by_peft(path: Path, directory: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "kind"), [(3, "saved"), (2, "rows"), (3, "rows"), (3, "tied")])
+@pytest.mark.parametrize(("stage", "kind"), [(3, "saved"), (2, "rows"), (3, "rows"), (3, "tied"), (3, "whole")])
 def test_the_merge_is_that_of_peft_into_the_base_that_was_quantised(
     phi: World, stage: int, kind: str, tmp_path: Path
 ) -> None:
     """Bit by bit, with the rows that were added to it, at the end of the run and from disk."""
     rows = {"trainable_token_indices": "added"}
-    adapter = {"saved": {}, "rows": ROWS, "tied": {"target_modules": ["q_proj", "down_proj"], **rows}}[kind]
-    model: dict[str, Any] = {}
+    adapter = {"saved": {}, "whole": {}, "rows": ROWS, "tied": {"target_modules": ["q_proj", "down_proj"], **rows}}[
+        kind
+    ]
+    model: dict[str, Any] = WHOLE if kind == "whole" else {}
     if kind == "tied":
         texts = [text for riddle in make_riddles(60) for text in riddle]
         base = build_base(tmp_path / "base", texts, tied=True)
@@ -375,9 +377,12 @@ def test_the_merge_is_that_of_peft_into_the_base_that_was_quantised(
         assert torch.equal(tensor, torch.from_numpy(expected[name])), name
     assert not merge_from_disk(find_source(directory), directory / "merged", max_shard_size_bytes=40_000)
     assert merge_from_disk(find_source(directory), tmp_path / "merged", max_shard_size_bytes=40_000)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()} == {
-        path.name: path.read_bytes() for path in (directory / "merged").iterdir()
-    }
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in place.iterdir()}
+        for place in (tmp_path / "merged", directory / "merged")
+    )
+    differ = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
+    assert differ == ({"merge_report.json", "manifest.json"} if kind == "whole" else set())  # they tell the step
 
 
 @pytest.mark.slow
