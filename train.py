@@ -184,17 +184,18 @@ def merge_chosen(job: Job, found: Mapping[str, Any], base: torch.nn.Module, dtyp
     """
     recipe = job.recipe
     adapter, shard_bytes = recipe.run_directory / "adapter" / WEIGHTS_FILE, recipe.run.max_shard_size_bytes
+    target = (recipe.run_directory / "merged").resolve()  # which may be a link to a larger disk
     if recipe.model.load_in_4bit:
         if job.accelerator.is_main_process:
             engines.end_zero_init()
-            source, target = find_source(recipe.run_directory), recipe.run_directory / "merged"
+            source = find_source(recipe.run_directory)
             merge_from_disk(source, target, dtype_name=dtype_name, max_shard_size_bytes=shard_bytes, overwrite=True)
         return
     merging.merge(
         job.model,
         job.tokenizer,
         serving_generation_config(base, found["end_token_ids"]),
-        recipe.run_directory / "merged",
+        target,
         dtype_name=dtype_name,
         max_shard_size_bytes=shard_bytes,
         facts=lambda: {

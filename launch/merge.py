@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from launch import engine as engines
 from launch.adapter import ADAPTER_NAME
 from launch.checkpoint import Identity, identity_of_file, publish
 from launch.errors import MergeError
+from launch.merge_output import check_replaceable
 from launch.merge_rule import DTYPES, Opener, Part, Pieces, Proof, merged_blocks
 from launch.quantisation import is_quantised
 from launch.runs import write_json
@@ -206,7 +207,9 @@ def write_merged(
     dtype, proof = DTYPES[dtype_name], Proof()
     shards = plan_shards(parts, dtype, max_shard_size_bytes)
     total_bytes = sum(_size_bytes(part, dtype) for part in parts)
-    _check_room(target, total_bytes)
+    check_replaceable(target)
+    missing = [path for path in target.parents if not path.exists()]
+    _check_room(target.parents[len(missing)], total_bytes)
 
     def blocks() -> Iterator[Iterator[torch.Tensor]]:
         with tqdm(total=total_bytes, desc="merge", unit="B", unit_scale=True, leave=False, disable=None) as progress:
@@ -236,7 +239,10 @@ def write_merged(
 
     try:
         publish(target, write_files, {})
-    except Exception as error:
+    except BaseException as error:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
         if not isinstance(error, OSError) and type(error) is not Exception:  # as such it is tokenizers' OSError
             raise
         raise MergeError(
@@ -245,12 +251,11 @@ def write_merged(
         ) from error
 
 
-def _check_room(target: Path, total_bytes: int) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(target.parent).free
+def _check_room(directory: Path, total_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(directory).free
     if total_bytes > free_bytes:
         raise MergeError(
-            f"{target.parent} has room for {format_bytes(free_bytes)}, and the merged model has "
+            f"{directory} has room for {format_bytes(free_bytes)}, and the merged model has "
             f"{format_bytes(total_bytes)}; make room there and run the same command again."
         )
 

@@ -24,6 +24,7 @@ from launch.config import load_recipe
 from launch.errors import CheckpointError, MergeError
 from launch.fingerprint import fingerprint_base
 from launch.hub import fetch_model
+from launch.merge_output import check_replaceable, place_of
 from launch.merge_rule import Part, Pieces, choose_dtype
 from launch.model import (
     DTYPES,
@@ -35,7 +36,7 @@ from launch.model import (
 )
 from launch.recipe import ModelBlock, Recipe
 from launch.remote_code import check_remote_code
-from launch.runs import SAVING
+from launch.runs import DELETING, SAVING
 from launch.shards import Stored, read_model, read_safetensors, row_blocks
 from launch.vocabulary import add_rows, own_rows, row_names, set_token_ids, with_mean
 
@@ -104,14 +105,15 @@ def merge_from_disk(
     name, settings = _base(source, base, str(peft_config.base_model_name_or_path), trust_remote_code)
     directory, commit = fetch_model("The base", name, settings.revision, MergeError)
     check_remote_code(settings, directory, commit, consent="give --trust-remote-code")
+    target = place_of(target, base=directory, adapter=source.adapter)
+    stored = read_model(directory)
+    trained = read_safetensors(source.adapter / WEIGHTS_FILE)
     fingerprint = fingerprint_base(name, settings)
     if base is None and source.base_fingerprint not in (None, fingerprint):
         raise MergeError(
             f"{name} has changed since {source.adapter} was trained on it; bring back the files that it had, or name "
             "the base to merge into with --base."
         )
-    stored = read_model(directory)
-    trained = read_safetensors(source.adapter / WEIGHTS_FILE)
     dtype_name = dtype_name or _dtype_name(source, stored)
     facts = merging.facts_of(source.adapter / WEIGHTS_FILE, name, fingerprint, max_shard_size_bytes)
     if _is_there(target, {"dtype": dtype_name, **facts}, overwrite):
@@ -129,8 +131,9 @@ def merge_from_disk(
     of_base = {key: tensor for key, tensor in trained.items() if key not in keys.values()}
     parts, on_disk = _on_disk(parts, stored, of_base, skeleton.base_model_prefix, by_token, bool(own), names)
     dtype = DTYPES[source.precision or "fp32"]  # that the base had while rows were added to it
-    for path in target.parent.glob(f"{SAVING}{glob.escape(target.name)}-*"):  # of a merge that was killed
-        shutil.rmtree(path, ignore_errors=True)
+    for start in (SAVING, DELETING):
+        for path in target.parent.glob(f"{start}{glob.escape(target.name)}-*"):  # of a merge that was killed
+            shutil.rmtree(path, ignore_errors=True)
     with _one_thread():
         merging.write_merged(
             target,
@@ -234,8 +237,11 @@ def _dtype_name(source: Source, stored: Mapping[str, Stored]) -> str:
 
 
 def _is_there(target: Path, facts: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether this merge stands in `target`. Raises MergeError when something else does, unless `overwrite`."""
-    if not target.exists():
+    """Whether this merge stands in `target`. Raises MergeError when something else does.
+
+    Another merge may, with `overwrite`.
+    """
+    if not target.exists() or not any(target.iterdir()):
         return False
     try:
         checkpoints.verify(target)
@@ -244,7 +250,8 @@ def _is_there(target: Path, facts: Mapping[str, Any], overwrite: bool) -> bool:
             return True
         found = "another merge"
     except (CheckpointError, OSError, ValueError):
-        found = "something else"
+        found = "a merge whose files have changed"
+    check_replaceable(target)
     if not overwrite:
         raise MergeError(f"{target} is there and is {found}; give another --output, or --overwrite.")
     return False

@@ -26,7 +26,7 @@ LAYERS = (
     "launch.data_report",
     "launch.data launch.data_page",
     "launch.tiny launch.quantisation launch.shards launch.adapter launch.engine launch.packing",
-    "launch.merge_rule",
+    "launch.merge_rule launch.merge_output",
     "launch.job",
     "launch.report",
     "launch.factory",

@@ -72,25 +72,25 @@ FAST = {"lora", "tied"}
 def make(
     directory: Path, family: str, options: dict[str, Any], adapter: dict[str, Any], num_rows: int | None = None
 ) -> None:
-    """A random base in fp16 in several shards, and a random adapter in `adapter/` that knows where it is.
+    """A random `base/` in fp16 in several shards, and a random `adapter/` that knows where it is.
 
     PEFT alone makes the adapter, of a base whose vocabulary is given this number of rows before.
     """
     torch.manual_seed(1)
     config = getattr(transformers, f"{family}Config")(**CONFIGS[family], **options)
-    AutoModelForCausalLM.from_config(config).half().save_pretrained(directory, max_shard_size="20KB")
-    build_tokenizer(["one two three"] * 3, 300).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(config).half().save_pretrained(directory / "base", max_shard_size="20KB")
+    build_tokenizer(["one two three"] * 3, 300).save_pretrained(directory / "base")
     base = resized(directory, num_rows or CONFIGS[family]["vocab_size"])
     model = get_peft_model(base, LoraConfig(**{"r": 2, "target_modules": ALL, **adapter}))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn_like(parameter) * 0.1
     model.save_pretrained(str(directory / "adapter"))
-    change_config(directory, base_model_name_or_path=str(directory))
+    change_config(directory, base_model_name_or_path=str(directory / "base"))
 
 
 def resized(directory: Path, num_rows: int) -> transformers.PreTrainedModel:
-    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
     base.resize_token_embeddings(num_rows, mean_resizing=False)
     return base.half().float()  # the new rows as well
 
@@ -112,7 +112,7 @@ def merge(directory: Path, **options: Any) -> bool:
 def test_the_merge_is_that_of_peft_bit_by_bit(tmp_path: Path, case: str) -> None:
     make(tmp_path, *CASES[case])
     assert merge(tmp_path)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     expected = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload().half()
     found, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info.values()), info
@@ -210,10 +210,11 @@ def test_a_base_in_a_pickle_is_read_and_nothing_in_it_runs(tmp_path: Path) -> No
         name: tensor for path in (tmp_path / "merged").glob("*.safetensors") for name, tensor in load_file(path).items()
     }
     shutil.rmtree(tmp_path / "merged")
-    state = {name: tensor for path in tmp_path.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    for path in [*tmp_path.glob("*.safetensors"), tmp_path / "model.safetensors.index.json"]:
+    base = tmp_path / "base"
+    state = {name: tensor for path in base.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    for path in [*base.glob("*.safetensors"), base / "model.safetensors.index.json"]:
         path.unlink()
-    torch.save(state, tmp_path / "pytorch_model.bin")
+    torch.save(state, base / "pytorch_model.bin")
     merge(tmp_path)
     found = {
         name: tensor for path in (tmp_path / "merged").glob("*.safetensors") for name, tensor in load_file(path).items()
@@ -310,27 +311,23 @@ def a_wrong_base(directory: Path) -> None:
 
 
 def a_truncated_shard(directory: Path) -> None:
-    path = sorted(directory.glob("model-*.safetensors"))[1]
+    path = sorted(directory.glob("base/model-*.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def a_shard_elsewhere(directory: Path) -> None:
-    path = directory / "model.safetensors.index.json"
+    path = directory / "base" / "model.safetensors.index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
     index["weight_map"]["lm_head.weight"] = "../secret.safetensors"
     path.write_text(json.dumps(index), encoding="utf-8")
 
 
 def a_missing_shard(directory: Path) -> None:
-    sorted(directory.glob("model-*.safetensors"))[1].unlink()
+    sorted(directory.glob("base/model-*.safetensors"))[1].unlink()
 
 
 def pissa(directory: Path) -> None:
     change_config(directory, init_lora_weights="pissa")
-
-
-def a_file_in_its_place(directory: Path) -> None:
-    (directory / "merged").write_text("mine", encoding="utf-8")
 
 
 FAULTS: dict[Callable[[Path], None], str] = {
@@ -343,7 +340,6 @@ FAULTS: dict[Callable[[Path], None], str] = {
     a_shard_elsewhere: r"names '\.\./secret\.safetensors', which is not beside it",
     a_missing_shard: r"model-00002-of-\d+\.safetensors is no whole safetensors file",
     pissa: r"began as pissa, which changes the base as well",
-    a_file_in_its_place: r"merged is there and is something else; give another --output, or --overwrite",
 }
 
 
@@ -369,7 +365,7 @@ def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(tmp_path: Path, fa
 
 def test_a_soft_prompt_is_refused(tmp_path: Path) -> None:
     make(tmp_path, *CASES["lora"])
-    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")).save_pretrained(
         str(tmp_path / "adapter")
     )
@@ -430,18 +426,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     (said,) = run_ranks(1, with_small_files, tmp_path)
     assert "merged could not be written: File too large; nothing was kept, and the same command begins it again" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-def test_a_base_that_is_links_into_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    """As a snapshot of the hub is; it is read where it is."""
-    make(tmp_path / "cache", *CASES["lora"])
-    (tmp_path / "snapshot").mkdir()
-    for path in (tmp_path / "cache").iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    change_config(tmp_path / "cache", base_model_name_or_path=str(tmp_path / "snapshot"))
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
-    merge_from_disk(find_source(tmp_path / "cache" / "adapter"), tmp_path / "merged", max_shard_size_bytes=20_000)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == times
 
 
 @pytest.mark.slow
