@@ -6,6 +6,7 @@ The live engine and the disk (merge_from_disk.py) differ only in where the numbe
 import copy
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -26,7 +27,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME
 from launch.checkpoint import Identity, identity_of_file, publish
-from launch.errors import MergeError
+from launch.errors import MergeError, first_line
 from launch.merge_output import check_replaceable
 from launch.merge_rule import DTYPES, Opener, Part, Pieces, Proof, merged_blocks
 from launch.quantisation import is_quantised
@@ -319,8 +320,18 @@ def _write_state_dict(
 
 
 def _check_reload(directory: Path, base: PreTrainedModel) -> None:
-    """Read what was written without its numbers. Raises MergeError when a name or a shape is not the config's."""
-    _, info = type(base).from_pretrained(str(directory), device_map="meta", output_loading_info=True)
+    """Read what was written without its numbers. Raises MergeError when a name or a shape is not the config's.
+
+    Remote code that wants values cannot be made without them, which is said aloud.
+    """
+    try:
+        _, info = type(base).from_pretrained(str(directory), device_map="meta", output_loading_info=True)
+    except Exception as error:
+        if base._auto_class is None:
+            raise
+        note = f"{type(base).__name__} cannot be made without weights, so the merged model was not read again"
+        print(f"{note}: {type(error).__name__}: {first_line(error)}.", file=sys.stderr, flush=True)
+        return
     for fault, names in info.items():
         if names:
             raise MergeError(
