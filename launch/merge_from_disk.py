@@ -130,7 +130,7 @@ def merge_from_disk(
     parts, ties = merging.plan_merge(model)
     of_base = {key: tensor for key, tensor in trained.items() if key not in keys.values()}
     parts, on_disk = _on_disk(parts, stored, of_base, skeleton.base_model_prefix, by_token, bool(own), names)
-    dtype = DTYPES[source.precision or "fp32"]  # that the base had while rows were added to it
+    precision = None if source.precision is None else DTYPES[source.precision]
     for start in (SAVING, DELETING):
         for path in target.parent.glob(f"{start}{glob.escape(target.name)}-*"):  # of a merge that was killed
             shutil.rmtree(path, ignore_errors=True)
@@ -139,9 +139,7 @@ def merge_from_disk(
             target,
             parts,
             ties,
-            lambda part: _from_disk(
-                part, on_disk, keys, trained, (own, dtype) if part.name in by_token and own else None
-            ),
+            lambda part: _from_disk(part, on_disk, keys, trained, precision, own if part.name in by_token else []),
             base=skeleton,
             tokenizer=tokenizer,
             generation_config=_generation_config(source, skeleton, tokenizer),
@@ -385,13 +383,20 @@ def _from_disk(
     on_disk: Mapping[str, Stored],
     keys: Mapping[int, str],
     trained: Mapping[str, Stored],
-    own: tuple[Sequence[int], torch.dtype] | None,
+    precision: torch.dtype | None,
+    own: Sequence[int],
 ) -> Iterator[Pieces]:
-    """`own`: the rows that the base was trained with and the type it had, for a tensor to which rows were added."""
+    """`precision`: that of the run, in which the base was while the adapter was trained on it.
+
+    `own`: the rows that the base was trained with, of a tensor to which some were added.
+    """
     masters = [trained[keys[id(parameter)]].whole() for parameter in part.masters]
     if part.base is None:
         yield Pieces(lambda first, last: masters[0][first:last])
-    elif own is not None:
-        yield Pieces(with_mean(on_disk[part.name].read, own[0], part.shape, own[1]), masters)
+        return
+    base = on_disk[part.name]
+    dtype = precision if precision is not None and base.dtype.is_floating_point else base.dtype
+    if own:
+        yield Pieces(with_mean(base.read, own, part.shape, dtype), masters)
     else:
-        yield Pieces(on_disk[part.name].read, masters)
+        yield Pieces(lambda first, last: base.read(first, last).to(dtype), masters)
