@@ -7,7 +7,7 @@ from a file. The base is read where it is and never written.
 import glob
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +37,8 @@ from launch.model import (
 from launch.recipe import ModelBlock, Recipe
 from launch.remote_code import check_remote_code
 from launch.runs import DELETING, SAVING
-from launch.shards import Stored, read_model, read_safetensors, row_blocks
+from launch.saved_embeddings import is_saved_twice, keys_of_base, resize_as_saved, whole_embedding
+from launch.shards import Stored, read_model, read_safetensors
 from launch.vocabulary import add_rows, own_rows, row_names, set_token_ids, with_mean
 
 # Ways to begin that take something away from the base, which is then not the one on disk.
@@ -129,8 +130,8 @@ def merge_from_disk(
     keys = _keys(model, trained, by_token)
     parts, ties = merging.plan_merge(model)
     of_base = {key: tensor for key, tensor in trained.items() if key not in keys.values()}
-    parts, on_disk = _on_disk(parts, stored, of_base, skeleton.base_model_prefix, by_token, bool(own), names)
     precision = None if source.precision is None else DTYPES[source.precision]
+    parts, on_disk = _on_disk(parts, stored, of_base, skeleton.base_model_prefix, by_token, names, own, precision)
     for start in (SAVING, DELETING):
         for path in target.parent.glob(f"{start}{glob.escape(target.name)}-*"):  # of a merge that was killed
             shutil.rmtree(path, ignore_errors=True)
@@ -139,7 +140,7 @@ def merge_from_disk(
             target,
             parts,
             ties,
-            lambda part: _from_disk(part, on_disk, keys, trained, precision, own if part.name in by_token else []),
+            lambda part: _from_disk(part, on_disk, keys, trained),
             base=skeleton,
             tokenizer=tokenizer,
             generation_config=_generation_config(source, skeleton, tokenizer),
@@ -280,9 +281,9 @@ def _keys(model: PeftModel, trained: Mapping[str, Stored], by_token: Set[str]) -
         model, state_dict=state, adapter_name=ADAPTER_NAME, save_embedding_layers=False
     )
     missing = sorted(expected.keys() - trained.keys())
-    of_base = {key for name in by_token for key in _keys_of_base(name)}
+    of_base = {key for name in by_token for key in keys_of_base(name)}
     extra = sorted(trained.keys() - expected.keys() - of_base)
-    extra = [key for key in extra if not any(_are_same(trained[key], trained[twin]) for twin in _twins(key, expected))]
+    extra = [key for key in extra if not is_saved_twice(key, expected.keys() - missing, trained)]
     for fault, keys in (("is not in the adapter", missing), ("is in the adapter, and in no layer of the base", extra)):
         if keys:
             raise MergeError(f"{keys[0]} {fault} ({len(keys)} such tensors); is this the base it was trained on?")
@@ -301,8 +302,9 @@ def _on_disk(
     of_base: Mapping[str, Stored],  # what PEFT has saved of it, in the place of what is stored
     prefix: str,
     by_token: Set[str],
-    may_grow: bool,  # whether their rows are made when the base has too few
     own_names: Mapping[int, Sequence[str]],  # of the base's parameters, by identity; several for tied ones
+    own: Sequence[int],  # the rows that the base was trained with, if the run has added some
+    precision: torch.dtype | None,  # of the run
 ) -> tuple[list[Part], dict[str, Stored]]:
     """(the parts under the names of the base's files, by name what each is made of).
 
@@ -323,12 +325,12 @@ def _on_disk(
             ties = [tie for tie in own_names.get(id(part.base), ()) if tie != part.name]
             candidates = [c for n in (name, *ties) for c in (n, n.removeprefix(f"{prefix}."), f"{prefix}.{n}")]
             tensor = next((stored[known] for known in candidates if known in stored), None)
-            saved = (_whole_embedding(known, of_base) for known in (part.name, *ties))
+            saved = (whole_embedding(known, of_base) for known in (part.name, *ties))
             tensor = next(filter(None, saved), tensor)
             if tensor is None:
                 raise MergeError(f"{name} is in no file of the base; is this the base the adapter was trained on?")
             is_longer = part.name in by_token and tensor.shape[0] < shape[0] and tensor.shape[1:] == shape[1:]
-            if is_longer and not may_grow:
+            if is_longer and not own:
                 raise MergeError(
                     f"{name} has {tensor.shape[0]} rows in the base, and the adapter was trained with {shape[0]}, of "
                     "which it has not saved the others; give the base that was resized with --base."
@@ -341,40 +343,16 @@ def _on_disk(
             is_fused = len(part.published) > 1
             base = torch.empty(shape, dtype=tensor.dtype, device="meta") if is_fused else part.base
             renamed.append(replace(part, name=name, base=base, published=((name, shape),)))
-            found[name] = tensor
+            found[name] = _as_trained(tensor, shape, own if part.name in by_token else (), precision)
     return renamed, found
 
 
-def resize_as_saved(skeleton: PreTrainedModel, trained: Mapping[str, Stored]) -> None:
-    """Give a base the rows that its adapter wants: another tool may have added some, and PEFT saves them all then."""
-    saved = [_whole_embedding(name, trained) for name in sorted(row_names(skeleton))]
-    rows = {tensor.shape[0] for tensor in saved if tensor is not None}
-    if rows - {skeleton.config.get_text_config().vocab_size}:
-        skeleton.resize_token_embeddings(max(rows), mean_resizing=False)
-
-
-def _whole_embedding(name: str, trained: Mapping[str, Stored]) -> Stored | None:
-    """What the adapter's file has in the place of this parameter of the base."""
-    return next((trained[key] for key in _keys_of_base(name) if key in trained), None)
-
-
-def _keys_of_base(name: str) -> list[str]:
-    """Under which PEFT may save a parameter of the base: inside what the layer has become, or as it is."""
-    stem, _, leaf = name.rpartition(".")
-    places = ("base_layer.", "token_adapter.base_layer.", "original_module.", "")
-    return [f"base_model.model.{stem}.{place}{leaf}" for place in places]
-
-
-def _twins(key: str, expected: Collection[str]) -> list[str]:
-    """What may be the same tensor: a module that is saved has two names, and of tied embeddings each has the rows."""
-    rows = ".token_adapter.trainable_tokens_delta"
-    plain = key.replace(".modules_to_save.", ".")
-    return [twin for twin in expected if twin == plain or (key.endswith(rows) and twin.endswith(rows))]
-
-
-def _are_same(one: Stored, other: Stored) -> bool:
-    blocks = row_blocks(one.shape)
-    return one.shape == other.shape and all(torch.equal(one.read(*rows), other.read(*rows)) for rows in blocks)
+def _as_trained(tensor: Stored, shape: tuple[int, ...], own: Sequence[int], precision: torch.dtype | None) -> Stored:
+    """The base's tensor as the adapter was trained on it: in the run's precision, with the rows that were added."""
+    dtype = precision if precision is not None and tensor.dtype.is_floating_point else tensor.dtype
+    if own:
+        return Stored(tensor.name, dtype, shape, with_mean(tensor.read, own, shape, dtype))
+    return replace(tensor, dtype=dtype, read=lambda first, last: tensor.read(first, last).to(dtype))
 
 
 @contextmanager
@@ -383,20 +361,9 @@ def _from_disk(
     on_disk: Mapping[str, Stored],
     keys: Mapping[int, str],
     trained: Mapping[str, Stored],
-    precision: torch.dtype | None,
-    own: Sequence[int],
 ) -> Iterator[Pieces]:
-    """`precision`: that of the run, in which the base was while the adapter was trained on it.
-
-    `own`: the rows that the base was trained with, of a tensor to which some were added.
-    """
     masters = [trained[keys[id(parameter)]].whole() for parameter in part.masters]
     if part.base is None:
         yield Pieces(lambda first, last: masters[0][first:last])
-        return
-    base = on_disk[part.name]
-    dtype = precision if precision is not None and base.dtype.is_floating_point else base.dtype
-    if own:
-        yield Pieces(with_mean(base.read, own, part.shape, dtype), masters)
     else:
-        yield Pieces(lambda first, last: base.read(first, last).to(dtype), masters)
+        yield Pieces(on_disk[part.name].read, masters)

@@ -32,6 +32,7 @@ LAYERS = (
     "launch.factory",
     "launch.model",
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
+    "launch.saved_embeddings",
     "launch.saving launch.start launch.merge_from_disk",
     "launch.answering",
     "launch.generate launch.chat",

@@ -12,7 +12,7 @@ import torch
 from conftest import World, build_base, launch, make_rows, run_ranks
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import train
 from launch.merge_from_disk import find_source, merge_from_disk
@@ -98,6 +98,24 @@ def test_four_ranks_write_what_the_merge_from_disk_writes(any_world: World) -> N
     found, expected = files_of(directory / "merged"), files_of(directory / "from-disk")
     assert len([name for name in found if name.endswith(".safetensors")]) > 3
     assert found.keys() == expected.keys() and [name for name in found if found[name] != expected[name]] == []
+
+
+@pytest.mark.slow
+def test_rows_are_added_to_a_head_that_has_another_name_in_the_files(world: World, tmp_path: Path) -> None:
+    """GPT-NeoX's, which transformers renames on loading."""
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = {"name_or_path": str(tmp_path / "base"), "pad_token": "<PAD>"}
+    adapter = {"target_modules": ["query_key_value"]}
+    launch(world.recipe("neox", model=model, adapter=adapter, run={"merge": True}), 2)
+    directory = world.run_directory("neox")
+    assert merge_from_disk(find_source(directory), directory / "from-disk", max_shard_size_bytes=10**9)
+    found, expected = files_of(directory / "merged"), files_of(directory / "from-disk")
+    assert found.keys() == expected.keys() and [name for name in found if found[name] != expected[name]] == []
+    with safe_open(directory / "merged" / "model.safetensors", "pt") as file:
+        assert file.get_tensor("embed_out.weight").shape[0] > len(tokenizer)
 
 
 def on_a_slow_disk(arguments: list[str]) -> int:
