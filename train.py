@@ -37,6 +37,7 @@ from launch.deadline import Deadline
 from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
 from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
+from launch.merge_from_disk import find_source, merge_from_disk
 from launch.merge_rule import DTYPES, choose_dtype
 from launch.model import serving_generation_config, tokenizer_and_template
 from launch.modes import keep_private
@@ -47,7 +48,6 @@ from launch.samples import Samples
 from launch.saving import Saves, check_room
 from launch.start import adapted_base, prepare_run
 from launch.trackers import end_trackers, start_trackers
-from launch.vocabulary import load_unquantised
 from launch.watchdog import Watchdog
 
 
@@ -111,7 +111,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
 
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
     prepare_all = functools.partial(prepare_run, recipe, precision, stopwatch)
-    found = json.loads(engines.after_rank_zero(accelerator, lambda: json.dumps(prepare_all())))
+    found = json.loads(engines.after_rank_zero("prepare", lambda: json.dumps(prepare_all())))
     recipe = preflight.with_revision(recipe, found["revision"])
     tokenizer, template = tokenizer_and_template(recipe, found["base"])
     tokenizer.chat_template = template.for_serving
@@ -120,7 +120,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     checkpoint = Resumable.read(Path(found["checkpoint"])) if found["checkpoint"] else None
 
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
-    base, model, added = adapted_base(recipe, found, tokenizer, precision)
+    base, model = adapted_base(recipe, found, tokenizer, precision)
     dtype_name = choose_dtype(recipe.run.merge_dtype, precision)
     if accelerator.is_main_process:
         num_trained, num_parameters = engines.count_parameters(model)
@@ -168,32 +168,40 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
         preemption.end_when_asked(lambda: runs.leave(recipe.run_directory, "preempted", word))
     chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
-        merge_chosen(job, found, base, added, dtype_name, chosen)
+        merge_chosen(job, found, base, dtype_name, chosen)
+        engines.after_rank_zero("merged")
+        dist.barrier()  # of ranks that are all here: they leave the process group, and its store, together
     end_trackers(accelerator)
     if accelerator.is_main_process:
         runs.write_status(recipe.run_directory, "finished", "every step is done", step=job.total_steps)
         print(closing_lines(recipe), flush=True)
 
 
-def merge_chosen(
-    job: Job, found: Mapping[str, Any], base: torch.nn.Module, added: set[int], dtype_name: str, chosen: int
-) -> None:
-    """The weights of the chosen step, which the engine has, into the run's merged/; a collective."""
+def merge_chosen(job: Job, found: Mapping[str, Any], base: torch.nn.Module, dtype_name: str, chosen: int) -> None:
+    """The weights of the chosen step, which the engine has, into the run's merged/; a collective.
+
+    Of a base in 4 bits it does not have them: rank zero merges the adapter into what that was made of, from disk.
+    """
     recipe = job.recipe
     adapter, shard_bytes = recipe.run_directory / "adapter" / WEIGHTS_FILE, recipe.run.max_shard_size_bytes
-    unquantised = functools.partial(load_unquantised, found["base"], recipe.model, job.tokenizer, added)
+    target = (recipe.run_directory / "merged").resolve()  # which may be a link to a larger disk
+    if recipe.model.load_in_4bit:
+        if job.accelerator.is_main_process:
+            engines.end_zero_init()
+            source = find_source(recipe.run_directory)
+            merge_from_disk(source, target, dtype_name=dtype_name, max_shard_size_bytes=shard_bytes, overwrite=True)
+        return
     merging.merge(
         job.model,
         job.tokenizer,
         serving_generation_config(base, found["end_token_ids"]),
-        recipe.run_directory / "merged",
+        target,
         dtype_name=dtype_name,
         max_shard_size_bytes=shard_bytes,
         facts=lambda: {
             "step": chosen,
             **merging.facts_of(adapter, found["base"], found["identity"]["base"], shard_bytes),
         },
-        load_unquantised=unquantised if recipe.model.load_in_4bit else None,
     )
 
 
@@ -348,11 +356,15 @@ def evaluate_if_due(job: Job, log: RunLog, saves: Saves, done: int, skipped_step
 def use_chosen_step(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> int:
     """The last step, or the best one put back into the engine if the recipe says so; its adapter is exported."""
     directory, settings, last = job.recipe.run_directory, job.recipe.train, job.total_steps
-    choice = torch.tensor(last, device=job.accelerator.device)
-    if settings.load_best_model_at_end and job.accelerator.is_main_process:
-        choice.fill_(checkpoints.best_verified(directory, evaluations, settings.metric_for_best_model, print) or last)
-    dist.broadcast(choice, src=0)
-    chosen = int(choice)
+
+    def choose() -> str:
+        metric = settings.metric_for_best_model
+        best = (
+            checkpoints.best_verified(directory, evaluations, metric, print) if settings.load_best_model_at_end else 0
+        )
+        return str(best or last)
+
+    chosen = int(engines.after_rank_zero("choose", choose))  # which may read every byte of several checkpoints
     path = checkpoints.path_of_step(directory, chosen)
     if chosen != last:
         checkpoints.restore(Resumable.read(path), job.engine)

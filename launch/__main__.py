@@ -137,7 +137,7 @@ def merge(
     base: Annotated[str | None, typer.Option(help="The base, if it is not where the adapter says.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; else the trained type.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of a file, such as 4GB or 500MB.")] = "4GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another merge.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the base's own code.")] = False,
 ) -> None:
     """Merge an adapter into its base from disk, without a GPU, in the memory of a few rows."""
@@ -274,7 +274,7 @@ def _merge(
     is_run = (source / "recipe.yaml").is_file()
     if output is None and not is_run:
         raise ConfigError(f"{source} is no run, whose merged/ would be the place; give --output.")
-    target = (output or source / "merged").resolve()
+    target = (output or source / "merged").absolute()
     if output is None and found.recipe is not None:
         keep_private(group_readable=found.recipe.run.group_readable)
     start = time.monotonic()

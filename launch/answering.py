@@ -20,7 +20,7 @@ from launch.adapter import CONFIG_FILE, WEIGHTS_FILE
 from launch.config import load_recipe
 from launch.errors import ModelError, TemplateError, first_line
 from launch.hub import fetch, fetch_model
-from launch.merge_from_disk import Source, find_source, resize_as_saved
+from launch.merge_from_disk import Source, find_source
 from launch.model import (
     added_token_ids,
     choose_template,
@@ -31,6 +31,7 @@ from launch.model import (
 )
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
+from launch.saved_embeddings import resize_as_saved
 from launch.shards import read_safetensors
 from launch.templates import ChatTemplate
 from launch.vocabulary import fit_vocabulary

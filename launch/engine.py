@@ -124,13 +124,16 @@ def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
     return accelerator
 
 
-def after_rank_zero(accelerator: Accelerator, work: Callable[[], str]) -> str:
-    """What `work` returned on rank zero; the others wait on the store, not in a collective that could time out."""
-    store = _get_default_store()
-    if accelerator.is_main_process:
-        store.set("cairn/rank-zero", work())
-    store.wait(["cairn/rank-zero"], timedelta(days=1))
-    return str(store.get("cairn/rank-zero").decode())
+def after_rank_zero(what: str, work: Callable[[], str] = str) -> str:
+    """What `work` returned on rank zero; the others wait on the store, not in a collective that could time out.
+
+    `what` is done, once in a process group.
+    """
+    store, key = _get_default_store(), f"cairn/{what}"
+    if dist.get_rank() == 0:
+        store.set(key, work())
+    store.wait([key], timedelta(days=1))
+    return str(store.get(key).decode())
 
 
 def learning_rate_schedule(train: TrainBlock, total_steps: int) -> Callable[[int], float]:

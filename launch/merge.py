@@ -6,9 +6,10 @@ The live engine and the disk (merge_from_disk.py) differ only in where the numbe
 import copy
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from launch import engine as engines
 from launch.adapter import ADAPTER_NAME
 from launch.checkpoint import Identity, identity_of_file, publish
-from launch.errors import MergeError
+from launch.errors import MergeError, first_line
+from launch.merge_output import check_replaceable
 from launch.merge_rule import DTYPES, Opener, Part, Pieces, Proof, merged_blocks
 from launch.quantisation import is_quantised
 from launch.runs import write_json
@@ -118,25 +120,20 @@ def merge(
     dtype_name: str,
     max_shard_size_bytes: int,
     facts: Callable[[], Mapping[str, object]],
-    load_unquantised: Callable[[torch.dtype], PreTrainedModel] | None = None,
 ) -> None:
     """Merge the live model into `target`, which appears whole or not at all. A collective; rank zero writes.
 
-    A model of transformers becomes what `from_pretrained` reads, any other `model.pth`, a state dict like its own. Of a
-    quantised base, what is not trained comes from what `load_unquantised` gives in the output type, on rank zero, which
-    also asks for the `facts` of merge_report.json.
+    A model of transformers becomes what `from_pretrained` reads, any other `model.pth`, a state dict like its own. Rank
+    zero alone asks for the `facts` of merge_report.json. A quantised base is not what is merged into: that is on disk.
     Raises MergeError when a merged tensor is not finite in the output type.
     """
+    base = model.get_base_model()
+    assert not is_quantised(base), "merge_from_disk is for these"
     parts, ties = plan_merge(model)
-    dtype, is_writer = DTYPES[dtype_name], torch.distributed.get_rank() == 0
-    base, others = model.get_base_model(), None
-    if load_unquantised is not None:
-        base = load_unquantised(dtype) if is_writer else base
-        others = dict(base.state_dict(keep_vars=True)) if is_writer else {}
-    if not is_writer:
-        shards = plan_shards(parts, dtype, max_shard_size_bytes)
+    if torch.distributed.get_rank() != 0:
+        shards = plan_shards(parts, DTYPES[dtype_name], max_shard_size_bytes)
         for part in [part for shard in shards for part in shard]:  # takes part in the gathering
-            with _live(part, others, is_writer=False):
+            with _live(part):
                 pass
         return
     engines.end_zero_init()  # what is written is loaded again, by this rank alone
@@ -144,7 +141,7 @@ def merge(
         target,
         parts,
         ties,
-        lambda part: _live(part, others, is_writer=True),
+        _live,
         base=base,
         tokenizer=tokenizer,
         generation_config=generation_config,
@@ -155,17 +152,15 @@ def merge(
 
 
 @contextmanager
-def _live(part: Part, others: Mapping[str, torch.Tensor] | None, *, is_writer: bool) -> Iterator[Pieces]:
+def _live(part: Part) -> Iterator[Pieces]:
     """A part's pieces while inside, whole on rank zero; a collective.
 
-    `others`, if given, has the base's tensors by name, whole on rank zero; the live ones are quantised.
+    In which nobody waits: rank zero comes to it from writing the part before, which takes as long as the disk does.
     """
+    engines.after_rank_zero(f"merge {part.name}")
     masters = [engines.whole_master(parameter).cpu() for parameter in part.masters]
     if part.base is None:
         yield Pieces(lambda first, last: _rows(masters[0], first, last))
-    elif others is not None:
-        known = others[part.name].detach() if is_writer else torch.empty(0)
-        yield Pieces(lambda first, last: _rows(known, first, last), masters)
     else:
         with engines.whole_parameter(part.base) as whole:
             yield Pieces(lambda first, last: _rows(whole, first, last).to("cpu", copy=True), masters)
@@ -213,7 +208,9 @@ def write_merged(
     dtype, proof = DTYPES[dtype_name], Proof()
     shards = plan_shards(parts, dtype, max_shard_size_bytes)
     total_bytes = sum(_size_bytes(part, dtype) for part in parts)
-    _check_room(target, total_bytes)
+    check_replaceable(target)
+    missing = [path for path in target.parents if not path.exists()]
+    _check_room(target.parents[len(missing)], total_bytes)
 
     def blocks() -> Iterator[Iterator[torch.Tensor]]:
         with tqdm(total=total_bytes, desc="merge", unit="B", unit_scale=True, leave=False, disable=None) as progress:
@@ -243,7 +240,10 @@ def write_merged(
 
     try:
         publish(target, write_files, {})
-    except Exception as error:
+    except BaseException as error:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
         if not isinstance(error, OSError) and type(error) is not Exception:  # as such it is tokenizers' OSError
             raise
         raise MergeError(
@@ -252,12 +252,11 @@ def write_merged(
         ) from error
 
 
-def _check_room(target: Path, total_bytes: int) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(target.parent).free
+def _check_room(directory: Path, total_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(directory).free
     if total_bytes > free_bytes:
         raise MergeError(
-            f"{target.parent} has room for {format_bytes(free_bytes)}, and the merged model has "
+            f"{directory} has room for {format_bytes(free_bytes)}, and the merged model has "
             f"{format_bytes(total_bytes)}; make room there and run the same command again."
         )
 
@@ -321,8 +320,18 @@ def _write_state_dict(
 
 
 def _check_reload(directory: Path, base: PreTrainedModel) -> None:
-    """Read what was written without its numbers. Raises MergeError when a name or a shape is not the config's."""
-    _, info = type(base).from_pretrained(str(directory), device_map="meta", output_loading_info=True)
+    """Read what was written without its numbers. Raises MergeError when a name or a shape is not the config's.
+
+    Remote code that wants values cannot be made without them, which is said aloud.
+    """
+    try:
+        _, info = type(base).from_pretrained(str(directory), device_map="meta", output_loading_info=True)
+    except Exception as error:
+        if base._auto_class is None:
+            raise
+        note = f"{type(base).__name__} cannot be made without weights, so the merged model was not read again"
+        print(f"{note}: {type(error).__name__}: {first_line(error)}.", file=sys.stderr, flush=True)
+        return
     for fault, names in info.items():
         if names:
             raise MergeError(

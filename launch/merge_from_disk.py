@@ -24,6 +24,7 @@ from launch.config import load_recipe
 from launch.errors import CheckpointError, MergeError
 from launch.fingerprint import fingerprint_base
 from launch.hub import fetch_model
+from launch.merge_output import check_replaceable, place_of
 from launch.merge_rule import Part, Pieces, choose_dtype
 from launch.model import (
     DTYPES,
@@ -35,9 +36,10 @@ from launch.model import (
 from launch.preflight import with_revision
 from launch.recipe import ModelBlock, Recipe
 from launch.remote_code import check_remote_code
-from launch.runs import SAVING
+from launch.runs import DELETING, SAVING
+from launch.saved_embeddings import is_saved_twice, keys_of_base, resize_as_saved, whole_embedding
 from launch.shards import Stored, read_model, read_safetensors
-from launch.vocabulary import add_rows, own_rows, row_names, rows_with_mean
+from launch.vocabulary import add_rows, own_rows, row_names, set_token_ids, with_mean
 
 # Ways to begin that take something away from the base, which is then not the one on disk.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -51,6 +53,7 @@ class Source:
     recipe: Recipe | None  # of the run that it belongs to
     precision: str | None  # that it was trained in
     stop_tokens: tuple[str, ...]  # that ended the trained answers; empty for what is no run's
+    base_fingerprint: str | None  # of the base that the run began with
 
 
 def find_source(path: Path) -> Source:
@@ -58,14 +61,14 @@ def find_source(path: Path) -> Source:
     run = next((place for place in (path, path.parent) if (place / "recipe.yaml").is_file()), path.parent.parent)
     recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
     directory = path / "adapter" if path == run and (path / "adapter").is_dir() else path
-    precision, stop_tokens = None, ()
+    precision, stop_tokens, base_fingerprint = None, (), None
     if recipe is not None:
         newest = checkpoints.newest_step(run)
         if path == run and not (path / "adapter").is_dir() and newest:
             directory = checkpoints.path_of_step(run, newest)
         if newest:
             state = json.loads((checkpoints.path_of_step(run, newest) / "state.json").read_text(encoding="utf-8"))
-            precision = state["identity"]["precision"]
+            precision, base_fingerprint = state["identity"]["precision"], state["identity"]["base"]
             recipe = with_revision(recipe, state["identity"]["recipe"]["model"]["revision"])  # that it began with
         if (run / "data_report.json").is_file():  # none: nothing was prepared, and there is no adapter either
             report = json.loads((run / "data_report.json").read_text(encoding="utf-8"))
@@ -81,7 +84,7 @@ def find_source(path: Path) -> Source:
             checkpoints.verify(directory)
         except CheckpointError as error:
             raise MergeError(str(error)) from None
-    return Source(directory, recipe, precision, stop_tokens)
+    return Source(directory, recipe, precision, stop_tokens, base_fingerprint)
 
 
 def merge_from_disk(
@@ -103,12 +106,17 @@ def merge_from_disk(
     name, settings = _base(source, base, str(peft_config.base_model_name_or_path), trust_remote_code)
     directory, commit = fetch_model("The base", name, settings.revision, MergeError)
     check_remote_code(settings, directory, commit, consent="give --trust-remote-code")
+    target = place_of(target, base=directory, adapter=source.adapter)
     stored = read_model(directory)
     trained = read_safetensors(source.adapter / WEIGHTS_FILE)
+    fingerprint = fingerprint_base(name, settings)
+    if base is None and source.base_fingerprint not in (None, fingerprint):
+        raise MergeError(
+            f"{name} has changed since {source.adapter} was trained on it; bring back the files that it had, or name "
+            "the base to merge into with --base."
+        )
     dtype_name = dtype_name or _dtype_name(source, stored)
-    facts = merging.facts_of(
-        source.adapter / WEIGHTS_FILE, name, fingerprint_base(name, settings), max_shard_size_bytes
-    )
+    facts = merging.facts_of(source.adapter / WEIGHTS_FILE, name, fingerprint, max_shard_size_bytes)
     if _is_there(target, {"dtype": dtype_name, **facts}, overwrite):
         return False
 
@@ -119,20 +127,20 @@ def merge_from_disk(
     model = get_peft_model(
         skeleton, peft_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False, low_cpu_mem_usage=True
     )
-    keys = _keys(model, trained)
+    keys = _keys(model, trained, by_token)
     parts, ties = merging.plan_merge(model)
-    parts, on_disk = _on_disk(parts, stored, trained, skeleton.base_model_prefix, by_token, names)
-    dtype = DTYPES[source.precision or "fp32"]  # that the base had while rows were added to it
-    for path in target.parent.glob(f"{SAVING}{glob.escape(target.name)}-*"):  # of a merge that was killed
-        shutil.rmtree(path, ignore_errors=True)
+    of_base = {key: tensor for key, tensor in trained.items() if key not in keys.values()}
+    precision = None if source.precision is None else DTYPES[source.precision]
+    parts, on_disk = _on_disk(parts, stored, of_base, skeleton.base_model_prefix, by_token, names, own, precision)
+    for start in (SAVING, DELETING):
+        for path in target.parent.glob(f"{start}{glob.escape(target.name)}-*"):  # of a merge that was killed
+            shutil.rmtree(path, ignore_errors=True)
     with _one_thread():
         merging.write_merged(
             target,
             parts,
             ties,
-            lambda part: _from_disk(
-                part, on_disk, keys, trained, (own, dtype) if part.name in by_token and own else None
-            ),
+            lambda part: _from_disk(part, on_disk, keys, trained),
             base=skeleton,
             tokenizer=tokenizer,
             generation_config=_generation_config(source, skeleton, tokenizer),
@@ -169,6 +177,7 @@ def _skeleton(
         )
     if (directory / "generation_config.json").is_file():
         skeleton.generation_config = GenerationConfig.from_pretrained(str(directory))
+    set_token_ids(skeleton, tokenizer, settings)
     own = own_rows(skeleton, tokenizer, added) if added else []
     add_rows(skeleton, added)
     resize_as_saved(skeleton, trained)
@@ -207,6 +216,11 @@ def _base(source: Source, base: str | None, of_adapter: str, trust_remote_code: 
         return name, ModelBlock(name_or_path=name, trust_remote_code=trust_remote_code)
     if source.recipe.model.factory is not None:
         raise MergeError(f"{source.adapter}: a model of a factory is merged at the end of its run only.")
+    if source.recipe.model.load_in_4bit and getattr(source.recipe.adapter, "use_dora", False):
+        raise MergeError(
+            f"{source.adapter}: DoRA learned magnitudes of the weights as they are in 4 bits, so that it cannot be "
+            "merged into those in 16 bits; serve the base in 4 bits with the adapter."
+        )
     settings = source.recipe.model.model_copy(update={"load_in_4bit": False})
     if base is None:
         return str(resolve_base(source.recipe)), settings
@@ -222,8 +236,11 @@ def _dtype_name(source: Source, stored: Mapping[str, Stored]) -> str:
 
 
 def _is_there(target: Path, facts: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether this merge stands in `target`. Raises MergeError when something else does, unless `overwrite`."""
-    if not target.exists():
+    """Whether this merge stands in `target`. Raises MergeError when something else does.
+
+    Another merge may, with `overwrite`.
+    """
+    if not target.exists() or not any(target.iterdir()):
         return False
     try:
         checkpoints.verify(target)
@@ -232,7 +249,8 @@ def _is_there(target: Path, facts: Mapping[str, Any], overwrite: bool) -> bool:
             return True
         found = "another merge"
     except (CheckpointError, OSError, ValueError):
-        found = "something else"
+        found = "a merge whose files have changed"
+    check_replaceable(target)
     if not overwrite:
         raise MergeError(f"{target} is there and is {found}; give another --output, or --overwrite.")
     return False
@@ -253,17 +271,19 @@ def _generation_config(
     return serving_generation_config(skeleton, [int(tokenizer.convert_tokens_to_ids(end)) for end in ends])
 
 
-def _keys(model: PeftModel, trained: Mapping[str, Stored]) -> dict[int, str]:
+def _keys(model: PeftModel, trained: Mapping[str, Stored], by_token: Set[str]) -> dict[int, str]:
     """Of each trained parameter, by identity, the name in the adapter's file: every one is there, and nothing else.
 
-    PEFT adds the whole embeddings to some; they are the base's, and what was trained of them stands beside them.
+    PEFT adds the base's whole embeddings to some, and then what it saves of them stands there twice.
     """
     state = dict(model.named_parameters(remove_duplicate=False))
     expected = get_peft_model_state_dict(
         model, state_dict=state, adapter_name=ADAPTER_NAME, save_embedding_layers=False
     )
     missing = sorted(expected.keys() - trained.keys())
-    extra = sorted(key for key in trained.keys() - expected.keys() if not key.endswith(".base_layer.weight"))
+    of_base = {key for name in by_token for key in keys_of_base(name)}
+    extra = sorted(trained.keys() - expected.keys() - of_base)
+    extra = [key for key in extra if not is_saved_twice(key, expected.keys() - missing, trained)]
     for fault, keys in (("is not in the adapter", missing), ("is in the adapter, and in no layer of the base", extra)):
         if keys:
             raise MergeError(f"{keys[0]} {fault} ({len(keys)} such tensors); is this the base it was trained on?")
@@ -279,10 +299,12 @@ def _keys(model: PeftModel, trained: Mapping[str, Stored]) -> dict[int, str]:
 def _on_disk(
     parts: Sequence[Part],
     stored: Mapping[str, Stored],
-    trained: Mapping[str, Stored],
+    of_base: Mapping[str, Stored],  # what PEFT has saved of it, in the place of what is stored
     prefix: str,
     by_token: Set[str],
     own_names: Mapping[int, Sequence[str]],  # of the base's parameters, by identity; several for tied ones
+    own: Sequence[int],  # the rows that the base was trained with, if the run has added some
+    precision: torch.dtype | None,  # of the run
 ) -> tuple[list[Part], dict[str, Stored]]:
     """(the parts under the names of the base's files, by name what each is made of).
 
@@ -294,15 +316,26 @@ def _on_disk(
         if part.base is None:
             renamed.append(part)
             continue
+        if part.tokens is not None and max(part.tokens.token_indices[ADAPTER_NAME]) >= part.shape[0]:
+            raise MergeError(
+                f"The adapter trains row {max(part.tokens.token_indices[ADAPTER_NAME])} of {part.name}, which has "
+                f"{part.shape[0]} in the base; is this the base it was trained on?"
+            )
         for name, shape in part.published:
             ties = [tie for tie in own_names.get(id(part.base), ()) if tie != part.name]
             candidates = [c for n in (name, *ties) for c in (n, n.removeprefix(f"{prefix}."), f"{prefix}.{n}")]
             tensor = next((stored[known] for known in candidates if known in stored), None)
-            tensor = _whole_embedding(part.name, trained) or tensor
+            saved = (whole_embedding(known, of_base) for known in (part.name, *ties))
+            tensor = next(filter(None, saved), tensor)
             if tensor is None:
                 raise MergeError(f"{name} is in no file of the base; is this the base the adapter was trained on?")
-            is_longer = part.name in by_token and tensor.shape[0] < shape[0]
-            if tensor.shape != shape and not (is_longer and tensor.shape[1:] == shape[1:]):
+            is_longer = part.name in by_token and tensor.shape[0] < shape[0] and tensor.shape[1:] == shape[1:]
+            if is_longer and not own:
+                raise MergeError(
+                    f"{name} has {tensor.shape[0]} rows in the base, and the adapter was trained with {shape[0]}, of "
+                    "which it has not saved the others; give the base that was resized with --base."
+                )
+            if tensor.shape != shape and not is_longer:
                 raise MergeError(
                     f"{name} has the shape {list(tensor.shape)} in the base, and the adapter wants {list(shape)}; is "
                     "this the base it was trained on?"
@@ -310,23 +343,16 @@ def _on_disk(
             is_fused = len(part.published) > 1
             base = torch.empty(shape, dtype=tensor.dtype, device="meta") if is_fused else part.base
             renamed.append(replace(part, name=name, base=base, published=((name, shape),)))
-            found[name] = tensor
+            found[name] = _as_trained(tensor, shape, own if part.name in by_token else (), precision)
     return renamed, found
 
 
-def resize_as_saved(skeleton: PreTrainedModel, trained: Mapping[str, Stored]) -> None:
-    """Give a base the rows that its adapter wants: another tool may have added some, and PEFT saves them all then."""
-    saved = [_whole_embedding(name, trained) for name in sorted(row_names(skeleton))]
-    rows = {tensor.shape[0] for tensor in saved if tensor is not None}
-    if rows - {skeleton.config.get_text_config().vocab_size}:
-        skeleton.resize_token_embeddings(max(rows), mean_resizing=False)
-
-
-def _whole_embedding(name: str, trained: Mapping[str, Stored]) -> Stored | None:
-    """What the adapter's file has in the place of this parameter of the base."""
-    stem, _, leaf = name.rpartition(".")
-    keys = (f"base_model.model.{stem}.base_layer.{leaf}", f"base_model.model.{name}")
-    return next((trained[key] for key in keys if key in trained), None)
+def _as_trained(tensor: Stored, shape: tuple[int, ...], own: Sequence[int], precision: torch.dtype | None) -> Stored:
+    """The base's tensor as the adapter was trained on it: in the run's precision, with the rows that were added."""
+    dtype = precision if precision is not None and tensor.dtype.is_floating_point else tensor.dtype
+    if own:
+        return Stored(tensor.name, dtype, shape, with_mean(tensor.read, own, shape, dtype))
+    return replace(tensor, dtype=dtype, read=lambda first, last: tensor.read(first, last).to(dtype))
 
 
 @contextmanager
@@ -335,15 +361,9 @@ def _from_disk(
     on_disk: Mapping[str, Stored],
     keys: Mapping[int, str],
     trained: Mapping[str, Stored],
-    own: tuple[Sequence[int], torch.dtype] | None,
 ) -> Iterator[Pieces]:
-    """`own`: the rows that the base was trained with and the type it had, for a tensor to which rows were added."""
     masters = [trained[keys[id(parameter)]].whole() for parameter in part.masters]
     if part.base is None:
         yield Pieces(lambda first, last: masters[0][first:last])
-    elif own is not None:
-        rows, dtype = own
-        whole = rows_with_mean(on_disk[part.name].whole().to(dtype), rows, part.shape[0])
-        yield Pieces(lambda first, last: whole[first:last], masters)
     else:
         yield Pieces(on_disk[part.name].read, masters)

@@ -66,9 +66,8 @@ class Part:
         """Its place in a file when numbers are written as `dtype`."""
         tensor = self.trained if self.base is None else self.base
         assert tensor is not None
-        is_number = tensor.is_floating_point() or is_packed(tensor)
         published = self.published or ((self.name, self.shape),)
-        return [Layout(name, dtype if is_number else tensor.dtype, shape) for name, shape in published]
+        return [Layout(name, dtype if tensor.is_floating_point() else tensor.dtype, shape) for name, shape in published]
 
 
 @dataclass(frozen=True)
@@ -80,11 +79,6 @@ class Pieces:
 
 
 Opener = Callable[[Part], AbstractContextManager[Pieces]]
-
-
-def is_packed(tensor: torch.Tensor) -> bool:
-    """Whether it holds 4-bit numbers, two in a byte."""
-    return getattr(tensor, "quant_state", None) is not None
 
 
 def choose_dtype(wanted: str, precision: str) -> str:

@@ -90,8 +90,8 @@ def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[st
 
 def adapted_base(
     recipe: Recipe, found: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, precision: str
-) -> tuple[torch.nn.Module, PeftModel, set[int]]:
-    """(the base, the adapter on it, the token ids that were added to the base); a collective."""
+) -> tuple[torch.nn.Module, PeftModel]:
+    """(the base, the adapter on it); a collective."""
     base = load_base(found["base"], recipe.model, precision)
     added = added_token_ids(tokenizer, found["base"], recipe.model)
     fit_vocabulary(base, tokenizer, added, recipe.model)
@@ -103,4 +103,4 @@ def adapted_base(
         merging.plan_merge(model)  # refuses now what it could not merge at the end
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    return base, model, added
+    return base, model

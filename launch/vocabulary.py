@@ -1,6 +1,6 @@
 """Tokens that the recipe adds: their rows in the base's embeddings and head."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 import torch
 from peft import PeftModel
@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from launch import engine as engines
 from launch.errors import ConfigError, ModelError
-from launch.model import DTYPES, load_base
 from launch.recipe import ModelBlock
+from launch.shards import row_blocks
 
 ROWS_MULTIPLE = 64  # which matrix units like
 
@@ -23,10 +23,7 @@ def fit_vocabulary(
     it was there before (a base may have more rows than tokens, all untrained) or is new, for which the number of rows
     grows to a multiple of 64. Nothing happens when no token was added. Raises ModelError for what cannot be resized.
     """
-    for name in ("eos_token", "pad_token"):
-        if getattr(settings, name) is not None:
-            for config in filter(None, (model.config, model.generation_config)):
-                setattr(config, f"{name}_id", getattr(tokenizer, f"{name}_id"))
+    set_token_ids(model, tokenizer, settings)
     if not added:
         return
     own = own_rows(model, tokenizer, added)
@@ -34,7 +31,15 @@ def fit_vocabulary(
     tensors = _by_row(model)
     with engines.written_whole(tensors), torch.no_grad():
         for tensor in tensors:
-            tensor.copy_(rows_with_mean(tensor, own))
+            _fill_others(tensor, own)
+
+
+def set_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ModelBlock) -> None:
+    """Tell the model's configs which end and padding tokens the recipe has given it."""
+    for name in ("eos_token", "pad_token"):
+        if getattr(settings, name) is not None:
+            for config in filter(None, (model.config, model.generation_config)):
+                setattr(config, f"{name}_id", getattr(tokenizer, f"{name}_id"))
 
 
 def own_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, added: Set[int]) -> list[int]:
@@ -58,13 +63,34 @@ def add_rows(model: PreTrainedModel, added: Set[int]) -> None:
         )
 
 
-def rows_with_mean(tensor: torch.Tensor, own: Sequence[int], num_rows: int | None = None) -> torch.Tensor:
-    """So many rows (None: as many as before), of which all but `own` are the mean of those."""
-    is_own = torch.zeros(num_rows or tensor.shape[0], dtype=torch.bool, device=tensor.device)
+def _fill_others(tensor: torch.Tensor, own: Sequence[int]) -> None:
+    rows = with_mean(lambda first, last: tensor[first:last], own, tensor.shape, tensor.dtype)
+    for first, last in row_blocks(tensor.shape):
+        tensor[first:last] = rows(first, last)
+
+
+def with_mean(
+    read: Callable[[int, int], torch.Tensor], own: Sequence[int], shape: Sequence[int], dtype: torch.dtype
+) -> Callable[[int, int], torch.Tensor]:
+    """[first, last) of the rows of a tensor of this shape: `own` as `read` gives them, all others the mean of those.
+
+    Block by block and in fp64, so that the file of a base and the live one have the same mean.
+    """
+    is_own = torch.zeros(shape[0], dtype=torch.bool)
     is_own[list(own)] = True
-    rows = tensor.new_empty(len(is_own), *tensor.shape[1:])
-    rows[: len(tensor)] = tensor
-    rows[~is_own] = rows[is_own].mean(0, dtype=torch.float32).to(tensor.dtype)
+    num_known = max(own) + 1  # behind them, `read` may have no rows
+    total = torch.zeros(tuple(shape[1:]), dtype=torch.float64)
+    for block in row_blocks([num_known, *shape[1:]]):
+        total += read(*block)[is_own[slice(*block)]].to(dtype).sum(0, dtype=torch.float64).cpu()
+    mean = (total / len(own)).to(dtype)
+
+    def rows(first: int, last: int) -> torch.Tensor:
+        found, end = mean.expand(last - first, *shape[1:]).clone(), min(last, num_known)
+        if first < end:
+            is_known = is_own[first:end]
+            found[: end - first][is_known] = read(first, end)[is_known].to(mean)
+        return found
+
     return rows
 
 
@@ -86,20 +112,6 @@ def check_added_are_trained(model: PeftModel, tokenizer: PreTrainedTokenizerBase
                 f"{', '.join(map(repr, tokens))}: added to the tokenizer, but {names[id(module)]} is not trained, so "
                 f"that all added rows would stay the same; put {names[id(module)]} into adapter.modules_to_save{rows}."
             )
-
-
-def load_unquantised(
-    base: str, settings: ModelBlock, tokenizer: PreTrainedTokenizerBase, added: Set[int], dtype: torch.dtype
-) -> PreTrainedModel:
-    """The base once more in `dtype`, with the same rows added, whole on the CPU of the rank that calls.
-
-    What quantising took away is in this one, so the adapter is merged into it. Under ZeRO-3 it is the last one loaded.
-    """
-    engines.end_zero_init()
-    precision = next(name for name, known in DTYPES.items() if known == dtype)
-    model = load_base(base, settings.model_copy(update={"load_in_4bit": False}), precision)
-    fit_vocabulary(model, tokenizer, added, settings)
-    return model
 
 
 def row_names(model: PreTrainedModel) -> set[str]:

@@ -1,6 +1,10 @@
 """The merged directory is base + adapter, and plain transformers loads it."""
 
 import json
+import os
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +12,7 @@ import torch
 from conftest import World, build_base, launch, make_rows, run_ranks
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import train
 from launch.merge_from_disk import find_source, merge_from_disk
@@ -74,6 +78,64 @@ def test_merged_logits_are_those_of_base_and_adapter(any_world: World, kind: str
     is_tied = merged.config.tie_word_embeddings
     was_tied = base.config.tie_word_embeddings
     assert is_tied == (was_tied and "modules_to_save" not in adapter)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    """All but those that tell where the merge came from."""
+    told = {"manifest.json", "merge_report.json"}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name not in told}
+
+
+@pytest.mark.slow
+def test_four_ranks_write_what_the_merge_from_disk_writes(any_world: World) -> None:
+    """Of a base in fp32 that was trained in bf16, too, though the merged model has room for more."""
+    adapter = {"target_modules": ALL, "use_dora": True, "modules_to_save": ["lm_head"]}
+    run = {"merge": True, "merge_dtype": "float32", "max_shard_size_bytes": 40_000}
+    train = {"precision": "bf16", "learning_rate": 3e-2}
+    launch(any_world.recipe("four", adapter=adapter, train=train, run=run), 4)
+    directory = any_world.run_directory("four")
+    assert merge_from_disk(find_source(directory), directory / "from-disk", max_shard_size_bytes=40_000)
+    found, expected = files_of(directory / "merged"), files_of(directory / "from-disk")
+    assert len([name for name in found if name.endswith(".safetensors")]) > 3
+    assert found.keys() == expected.keys() and [name for name in found if found[name] != expected[name]] == []
+
+
+@pytest.mark.slow
+def test_rows_are_added_to_a_head_that_has_another_name_in_the_files(world: World, tmp_path: Path) -> None:
+    """GPT-NeoX's, which transformers renames on loading."""
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = {"name_or_path": str(tmp_path / "base"), "pad_token": "<PAD>"}
+    adapter = {"target_modules": ["query_key_value"]}
+    launch(world.recipe("neox", model=model, adapter=adapter, run={"merge": True}), 2)
+    directory = world.run_directory("neox")
+    assert merge_from_disk(find_source(directory), directory / "from-disk", max_shard_size_bytes=10**9)
+    found, expected = files_of(directory / "merged"), files_of(directory / "from-disk")
+    assert found.keys() == expected.keys() and [name for name in found if found[name] != expected[name]] == []
+    with safe_open(directory / "merged" / "model.safetensors", "pt") as file:
+        assert file.get_tensor("embed_out.weight").shape[0] > len(tokenizer)
+
+
+def on_a_slow_disk(arguments: list[str]) -> int:
+    """train.py's main; rank zero's disk stands still for 12 s in the middle of the tensors, and behind them."""
+
+    def stand_still(event: str, details: tuple[Any, ...]) -> None:
+        if event == "open" and Path(str(details[0])).name.startswith(("model-00002-of", "generation_config")):
+            time.sleep(12 if isinstance(details[2], int) and details[2] & os.O_WRONLY else 0)
+
+    if os.environ["RANK"] == "0":
+        sys.addaudithook(stand_still)
+    return train.main(arguments)
+
+
+@pytest.mark.slow
+def test_the_other_ranks_wait_longer_than_a_collective_may_take(world: World) -> None:
+    run = {"merge": True, "max_shard_size_bytes": 40_000, "process_group_timeout_seconds": 10}
+    recipe = world.recipe("slow-disk", train={"max_steps": 1}, run=run)
+    assert run_ranks(2, on_a_slow_disk, [str(recipe)]) == [0, 0]
+    assert list((world.run_directory("slow-disk") / "merged").glob("model-00002-of-*.safetensors"))
 
 
 def test_one_rounding_rule() -> None:

@@ -32,7 +32,8 @@ from launch import engine as engines
 from launch.checkpoint import path_of_step
 from launch.config import load_recipe
 from launch.data import prepare
-from launch.errors import ModelError
+from launch.errors import MergeError, ModelError
+from launch.merge_from_disk import find_source, merge_from_disk
 from launch.model import add_tokens, added_token_ids, load_base, load_tokenizer, tokenizer_and_template
 from launch.recipe import ModelBlock, Recipe
 from launch.vocabulary import fit_vocabulary
@@ -223,8 +224,9 @@ def their_base(recipe: Recipe, *, quantised: bool) -> torch.nn.Module:
     how = {"quantization_config": nf4} if quantised else {}
     model = AutoModelForCausalLM.from_pretrained(recipe.model.name_or_path, dtype=torch.float32, **how)
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64, mean_resizing=False)
-    for tensor in (model.model.embed_tokens.weight, model.lm_head.weight, model.lm_head.bias):
-        tensor.data[own:] = tensor.data[:own].mean(0)
+    by_row = [model.model.embed_tokens.weight, model.lm_head.weight]
+    for tensor in filter(lambda tensor: tensor is not None, [*by_row, model.lm_head.bias]):
+        tensor.data[own:] = tensor.data[:own].mean(0, dtype=torch.float64).float()
     return model
 
 
@@ -335,6 +337,52 @@ def test_stopped_on_two_ranks_resumed_on_one_and_merged_in_full_precision(
     assert abs(merged - adapted).max() < 1e-4 * abs(adapted).max()
     assert config["vocab_size"] == merged.shape[-1] and "quantization_config" not in config
     assert config["eos_token_id"] == eos and eos in generation["eos_token_id"]
+
+
+def by_peft(path: Path, directory: Path) -> dict[str, Any]:
+    """PEFT's own merge in fp32 of the run's adapter into the base in float16, rounded once."""
+    base = their_base(load_recipe(path), quantised=False).half().float()
+    merged = PeftModel.from_pretrained(base, str(directory / "adapter")).merge_and_unload().half()
+    return {name: tensor.numpy() for name, tensor in merged.state_dict().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "kind"), [(3, "saved"), (2, "rows"), (3, "rows"), (3, "tied"), (3, "whole")])
+def test_the_merge_is_that_of_peft_into_the_base_that_was_quantised(
+    phi: World, stage: int, kind: str, tmp_path: Path
+) -> None:
+    """Bit by bit, with the rows that were added to it, at the end of the run and from disk."""
+    rows = {"trainable_token_indices": "added"}
+    adapter = {"saved": {}, "whole": {}, "rows": ROWS, "tied": {"target_modules": ["q_proj", "down_proj"], **rows}}[
+        kind
+    ]
+    model: dict[str, Any] = WHOLE if kind == "whole" else {}
+    if kind == "tied":
+        texts = [text for riddle in make_riddles(60) for text in riddle]
+        base = build_base(tmp_path / "base", texts, tied=True)
+        model = {"name_or_path": str(base), "extra_special_tokens": ["<a>", "<b>"]}
+        adapter = {"modules_to_save": [], **adapter}
+    run = {"merge": True, "merge_dtype": "float16", "max_shard_size_bytes": 40_000}
+    recipe = phi_recipe(phi, f"as-peft-{kind}-{stage}", model=model, adapter=adapter, run=run)
+    launch(recipe, 2, deepspeed=deepspeed_json(tmp_path, stage))
+    directory = phi.run_directory(recipe.stem)
+    found = {
+        name: tensor
+        for path in (directory / "merged").glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+    (expected,) = run_ranks(1, by_peft, recipe, directory)
+    assert found.keys() == expected.keys() - ({"lm_head.weight"} if kind == "tied" else set())
+    for name, tensor in found.items():
+        assert torch.equal(tensor, torch.from_numpy(expected[name])), name
+    assert not merge_from_disk(find_source(directory), directory / "merged", max_shard_size_bytes=40_000)
+    assert merge_from_disk(find_source(directory), tmp_path / "merged", max_shard_size_bytes=40_000)
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in place.iterdir()}
+        for place in (tmp_path / "merged", directory / "merged")
+    )
+    differ = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
+    assert differ == ({"merge_report.json", "manifest.json"} if kind == "whole" else set())  # they tell the step
 
 
 @pytest.mark.slow
@@ -476,3 +524,7 @@ def test_dora_on_4_bits_trains_where_each_rank_has_it_whole(phi: World, tmp_path
     recipe = phi_recipe(phi, "dora", adapter={"use_dora": True}, train={"max_steps": 2}, run={"merge": False})
     launch(recipe, 2, deepspeed=deepspeed_json(tmp_path, 2))
     assert runs.read_status(phi.run_directory("dora"))["state"] == "finished"
+    with pytest.raises(
+        MergeError, match="adapter: DoRA learned magnitudes of the weights as they are in 4 bits, so that"
+    ):
+        merge_from_disk(find_source(phi.run_directory("dora")), tmp_path / "merged", max_shard_size_bytes=10**9)

@@ -355,6 +355,26 @@ def test_a_run_from_the_hub_ends_with_a_model_that_stands_alone(
     assert np.abs(merged - adapted).max() < 0.01 * np.abs(adapted).max()
 
 
+@pytest.mark.slow
+def test_code_that_wants_values_is_merged_and_not_read_again(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """ZeRO-3 makes it with values; transformers 5 makes whatever it loads without."""
+    shutil.copytree(world.base, tmp_path / "base")
+    path = tmp_path / "base" / "modeling_tiny.py"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("self.post_init()", "self.post_init(); torch.ones(1).item()"), encoding="utf-8")
+    model = TRUST | {"name_or_path": str(tmp_path / "base")}
+    recipe = world.recipe("values", model=model, data={"template": "bluelm"}, run={"merge": True})
+    launch(recipe, 2)
+    assert (
+        "TinyForCausalLM cannot be made without weights, so the merged model was not read again"
+        in capfd.readouterr().err
+    )
+    merged = load_file(world.run_directory("values") / "merged" / "model.safetensors")
+    assert merged.keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
+
+
 def test_prefix_tuning_needs_a_forward_that_takes_it(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = world.recipe("prefix", model=TRUST, data={"template": "bluelm"}, adapter={"type": "prefix_tuning"})
     assert run_ranks(1, train.main, [str(recipe)]) == [1]
