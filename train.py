@@ -188,8 +188,7 @@ def merge_chosen(job: Job, found: Mapping[str, Any], base: torch.nn.Module, dtyp
     if recipe.model.load_in_4bit:
         if job.accelerator.is_main_process:
             engines.end_zero_init()
-            source = find_source(recipe.run_directory)
-            merge_from_disk(source, target, dtype_name=dtype_name, max_shard_size_bytes=shard_bytes, overwrite=True)
+            merge_from_disk(find_source(recipe.run_directory), target, dtype_name=dtype_name, overwrite=True)
         return
     merging.merge(
         job.model,

@@ -136,7 +136,9 @@ def merge(
     output: Annotated[Path | None, typer.Option(help="Where to; of a run, its merged/.")] = None,
     base: Annotated[str | None, typer.Option(help="The base, if it is not where the adapter says.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32; else the trained type.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of a file, such as 4GB or 500MB.")] = "4GB",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Of a file, such as 500MB.", show_default="the run's, or 4GB")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another merge.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the base's own code.")] = False,
 ) -> None:
@@ -255,14 +257,11 @@ def _merge(
     output: Path | None,
     base: str | None,
     dtype: str | None,
-    max_shard_size: str,
+    max_shard_size: str | None,
     overwrite: bool,
     trust_remote_code: bool,
 ) -> None:
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", max_shard_size.strip(), re.IGNORECASE)
-    if size is None or float(size[1]) == 0:
-        raise ConfigError(f"--max-shard-size {max_shard_size!r} is no size; write 4GB or 500MB.")
-    max_shard_size_bytes = int(float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " "))
+    max_shard_size_bytes = None if max_shard_size is None else _bytes_of(max_shard_size)
     from launch import engine as engines
     from launch.merge_from_disk import find_source, merge_from_disk
     from launch.merge_rule import DTYPES
@@ -293,6 +292,13 @@ def _merge(
         return
     print(f"{target}: merged in {time.monotonic() - start:.1f} s; merge_report.json says what was compared.")
     print(f"Serve it, for instance with: vllm serve {target}")
+
+
+def _bytes_of(text: str) -> int:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if size is None or float(size[1]) == 0:
+        raise ConfigError(f"--max-shard-size {text!r} is no size; write 4GB or 500MB.")
+    return int(float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " "))
 
 
 def _refuse_in_one_sentence(work: Callable[[], None]) -> None:

@@ -34,7 +34,7 @@ from launch.model import (
     serving_generation_config,
 )
 from launch.preflight import with_revision
-from launch.recipe import ModelBlock, Recipe
+from launch.recipe import SHARD_BYTES, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
 from launch.runs import DELETING, SAVING
 from launch.saved_embeddings import is_saved_twice, keys_of_base, resize_as_saved, whole_embedding
@@ -94,7 +94,7 @@ def merge_from_disk(
     base: str | None = None,
     trust_remote_code: bool = False,
     dtype_name: str | None = None,
-    max_shard_size_bytes: int,
+    max_shard_size_bytes: int | None = None,
     overwrite: bool = False,
 ) -> bool:
     """Merge into `target`, which appears whole or not at all; False when this very merge is there already.
@@ -102,6 +102,8 @@ def merge_from_disk(
     Raises MergeError for an adapter that does not fit the base tensor by tensor, and for an output that is something
     else, unless `overwrite`.
     """
+    if max_shard_size_bytes is None:
+        max_shard_size_bytes = SHARD_BYTES if source.recipe is None else source.recipe.run.max_shard_size_bytes
     peft_config = _peft_config(source.adapter)
     name, settings = _base(source, base, str(peft_config.base_model_name_or_path), trust_remote_code)
     directory, commit = fetch_model("The base", name, settings.revision, MergeError)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from launch.slurm_options import SlurmOptions
 
 TINY_MODEL_NAME = "tiny-qwen2"  # not on any hub: built on the spot
+SHARD_BYTES = 4_000_000_000  # of a merged model
 RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # one path component
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists, a frozen recipe has tuples
 
@@ -271,7 +272,7 @@ class RunBlock(Block):
     group_readable: bool = False  # what the run leaves is otherwise its user's alone (0700, 0600), not 0750 and 0640
     merge: bool | None = None  # None: yes with LoRA; soft prompts cannot be merged
     merge_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # auto: the trained type, 16-bit for fp32
-    max_shard_size_bytes: int = Field(4_000_000_000, ge=1)
+    max_shard_size_bytes: int = Field(SHARD_BYTES, ge=1)
     max_failed_saves: int = Field(3, ge=1)  # in a row, before the run stops
     hang_seconds: float = Field(900.0, gt=0)  # without a micro-batch, before a rank ends itself
     grace_seconds: float | None = Field(None, gt=0)  # SIGTERM to SIGKILL; None: as long as torch's launcher waits
