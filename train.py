@@ -41,6 +41,7 @@ from launch.merge_rule import DTYPES, choose_dtype
 from launch.model import serving_generation_config, tokenizer_and_template, with_revision
 from launch.modes import keep_private
 from launch.packing import choose_packing, forward_arguments
+from launch.parity import Unmerged, check_logits_of_live_run
 from launch.recipe import Recipe
 from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
 from launch.samples import Samples
@@ -181,6 +182,7 @@ def merge_chosen(
     """The weights of the chosen step, which the engine has, into the run's merged/; a collective."""
     recipe = job.recipe
     adapter, shard_bytes = recipe.run_directory / "adapter" / WEIGHTS_FILE, recipe.run.max_shard_size_bytes
+    unmerged = Unmerged(found["base"], recipe.model, job.tokenizer, adapter.parent, Path(found["store"]))
     unquantised = functools.partial(load_unquantised, found["base"], recipe.model, job.tokenizer, added)
     merging.merge(
         job.model,
@@ -193,6 +195,7 @@ def merge_chosen(
             "step": chosen,
             **merging.facts_of(adapter, found["base"], found["identity"]["base"], shard_bytes),
         },
+        check=lambda written: check_logits_of_live_run(written, unmerged, dtype_name),
         load_unquantised=unquantised if recipe.model.load_in_4bit else None,
     )
 

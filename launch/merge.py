@@ -112,13 +112,15 @@ def merge(
     dtype_name: str,
     max_shard_size_bytes: int,
     facts: Callable[[], Mapping[str, object]],
+    check: Callable[[Path], Mapping[str, object]],
     load_unquantised: Callable[[torch.dtype], PreTrainedModel] | None = None,
 ) -> None:
     """Merge the live model into `target`, which appears whole or not at all. A collective; rank zero writes.
 
     A model of transformers becomes what `from_pretrained` reads, any other `model.pth`, a state dict like its own. Of a
     quantised base, what is not trained comes from what `load_unquantised` gives in the output type, on rank zero, which
-    also asks for the `facts` of merge_report.json.
+    also asks for the `facts` of merge_report.json, and which alone makes the last `check` of what it wrote: the other
+    ranks have returned by then.
     Raises MergeError when a merged tensor is not finite in the output type.
     """
     parts, ties = plan_merge(model)
@@ -145,6 +147,7 @@ def merge(
         dtype_name=dtype_name,
         max_shard_size_bytes=max_shard_size_bytes,
         facts=facts(),
+        check=check,
     )
 
 
@@ -202,8 +205,12 @@ def write_merged(
     dtype_name: str,
     max_shard_size_bytes: int,
     facts: Mapping[str, object],
+    check: Callable[[Path], Mapping[str, object]],
 ) -> None:
-    """Write the merged model's directory, whole or not at all; parts are opened in the order of `plan_shards`."""
+    """Write the merged model's directory, whole or not at all; parts are opened in the order of `plan_shards`.
+
+    `check` sees it before anybody else does: what it returns goes into merge_report.json, and what it raises ends all.
+    """
     dtype, proof = DTYPES[dtype_name], Proof()
     shards = plan_shards(parts, dtype, max_shard_size_bytes)
     total_bytes = sum(_size_bytes(part, dtype) for part in parts)
@@ -231,7 +238,7 @@ def write_merged(
         tokenizer.save_pretrained(str(directory))
         if isinstance(base, PreTrainedModel):
             _check_reload(directory, base)
-        report = {"dtype": dtype_name, "tensors": len(parts), **facts, **proof.as_report()}
+        report = {"dtype": dtype_name, "tensors": len(parts), **facts, **check(directory), **proof.as_report()}
         write_json(directory / "merge_report.json", report)
         return identities
 

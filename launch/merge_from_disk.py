@@ -33,6 +33,7 @@ from launch.model import (
     serving_generation_config,
     with_revision,
 )
+from launch.parity import Unmerged, check_logits
 from launch.recipe import ModelBlock, Recipe
 from launch.remote_code import check_remote_code
 from launch.runs import SAVING
@@ -48,7 +49,8 @@ class Source:
     """An adapter on disk: a run's, a checkpoint's, or any that PEFT saved."""
 
     adapter: Path  # the directory with adapter_config.json
-    recipe: Recipe | None  # of the run that it belongs to
+    run: Path | None  # that it belongs to
+    recipe: Recipe | None  # of that run
     precision: str | None  # that it was trained in
     stop_tokens: tuple[str, ...]  # that ended the trained answers; empty for what is no run's
 
@@ -81,7 +83,7 @@ def find_source(path: Path) -> Source:
             checkpoints.verify(directory)
         except CheckpointError as error:
             raise MergeError(str(error)) from None
-    return Source(directory, recipe, precision, stop_tokens)
+    return Source(directory, None if recipe is None else run, recipe, precision, stop_tokens)
 
 
 def merge_from_disk(
@@ -120,6 +122,8 @@ def merge_from_disk(
     keys = _keys(model, trained)
     parts, ties = merging.plan_merge(model)
     parts, on_disk = _on_disk(parts, stored, trained, skeleton.base_model_prefix, by_token, names)
+    store = None if source.run is None else source.run / "data"
+    unmerged = Unmerged(str(directory), settings, tokenizer, source.adapter, store)
     dtype = DTYPES[source.precision or "fp32"]  # that the base had while rows were added to it
     for path in target.parent.glob(f"{SAVING}{glob.escape(target.name)}-*"):  # of a merge that was killed
         shutil.rmtree(path, ignore_errors=True)
@@ -134,6 +138,7 @@ def merge_from_disk(
         dtype_name=dtype_name,
         max_shard_size_bytes=max_shard_size_bytes,
         facts=facts,
+        check=lambda written: check_logits(written, unmerged, dtype_name),
     )
     return True
 
