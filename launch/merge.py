@@ -26,7 +26,7 @@ from launch import engine as engines
 from launch.adapter import ADAPTER_NAME
 from launch.checkpoint import Identity, identity_of_file, publish
 from launch.errors import MergeError
-from launch.merge_rule import DTYPES, Opener, Part, Pieces, Proof, merged_blocks
+from launch.merge_rule import DTYPES, Opener, Part, Pieces, Proof, Slab, merged_blocks
 from launch.quantisation import is_quantised
 from launch.runs import write_json
 from launch.shards import ShardFile, index_of, row_blocks, shard_names
@@ -66,14 +66,15 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
         lora = tokens = added_bias = None
         name = path
         if ".base_layer." in path:
-            wrapper = owner.removesuffix(".base_layer")
+            wrapper, layer = _wrapped_by(modules, owner, leaf)
             name = f"{wrapper.removesuffix('.token_adapter')}.{leaf}"
-            layer: Any = modules[wrapper]
             if isinstance(layer, TrainableTokensLayer):
                 tokens = layer if leaf == "weight" else None
+            elif isinstance(layer, peft_lora.ParamWrapper):
+                lora = layer if leaf == layer.parameter_name else None
             elif type(layer) not in known or _is_odd_dora(layer):
                 raise MergeError(
-                    f"{wrapper}: a {type(layer).__name__} layer cannot be merged; train with run.merge=false, and "
+                    f"{wrapper}: PEFT's {type(layer).__name__} layer cannot be merged; train with run.merge=false, and "
                     "serve base and adapter."
                 )
             elif leaf == "weight":
@@ -90,14 +91,55 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
             seen[id(tensor)] = name
         parts.append(Part(name, tensor, lora=lora, tokens=tokens, added_bias=added_bias))
     _check_all_used(model, parts)
-    return [replace(part, published=_published(base, part)) for part in parts], ties
+    return [_as_published(base, part) for part in parts], ties
 
 
-def _published(base: torch.nn.Module, part: Part) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _wrapped_by(modules: Mapping[str, torch.nn.Module], owner: str, leaf: str) -> tuple[str, Any]:
+    """(the path of PEFT's outermost layer around the one that has the tensor, PEFT's layer that is about the tensor).
+
+    Of several tensors of one module, such as experts, each has a layer; they stand in each other.
+    """
+    path, layer = owner, None
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+        if layer is None or getattr(modules[path], "parameter_name", "weight") == leaf:
+            layer = modules[path]
+    return path, layer
+
+
+def _as_published(base: torch.nn.Module, part: Part) -> Part:
+    """The part with what the model's files have for it, and where each of that stands in a fused tensor."""
     if not isinstance(base, PreTrainedModel):
-        return ()
+        return part
     reverted = revert_weight_conversion(base, {part.name: torch.empty(part.shape, device="meta")})
-    return tuple((name, tuple(tensor.shape)) for name, tensor in reverted.items())
+    published = tuple((name, tuple(tensor.shape)) for name, tensor in reverted.items())
+    is_fused = len(published) > 1 or (len(part.shape) == 3 and part.lora is not None)
+    slabs = _slabs(base, part, published) if is_fused and len(part.shape) in (2, 3) else ()
+    if is_fused and part.lora is not None and not slabs:
+        raise MergeError(
+            f"{part.name}: the files have it in another order of rows, in which LoRA cannot be merged; train with "
+            "run.merge=false, and serve base and adapter."
+        )
+    return replace(part, published=published, slabs=slabs)
+
+
+def _slabs(base: PreTrainedModel, part: Part, published: Sequence[tuple[str, tuple[int, ...]]]) -> tuple[Slab, ...]:
+    """Found by sending numbered rows the way that the tensor would go; empty when they do not stay together.
+
+    Of several tensors, each is a matrix.
+    """
+    *num_experts, num_rows, num_columns = part.shape
+    numbers = torch.arange(math.prod(num_experts) * num_rows).view(*num_experts, num_rows, 1)
+    found = []
+    for (_, shape), rows in zip(published, revert_weight_conversion(base, {part.name: numbers}).values(), strict=True):
+        for matrix in rows.reshape(-1, rows.shape[-2], 1) if rows.dim() == 2 or len(published) == 1 else ():
+            expert, first = divmod(int(matrix[0]), num_rows)
+            last = first + len(matrix)
+            stay_together = torch.equal(matrix[:, 0], torch.arange(len(matrix)) + int(matrix[0]))
+            if stay_together and last <= num_rows and shape[-1] == num_columns:
+                found.append(Slab(expert if num_experts else None, first, last))
+    is_all = sum(slab.last - slab.first for slab in found) == numbers.numel()
+    return tuple(found) if is_all else ()
 
 
 # ---- from the live engine ----
@@ -276,7 +318,7 @@ def _write_shards(
     for name, shard, places in zip(shard_names(len(shards)), shards, layouts, strict=True):
         file = ShardFile(directory / name, places)
         for part, rows in zip(shard, blocks, strict=False):
-            if len(part.published) > 1:  # fused experts: whole, and taken apart again
+            if len(part.published) > 1 and not part.slabs:  # in another order in files: whole, and taken apart again
                 whole = torch.cat(list(rows))
                 rows = iter(revert_weight_conversion(base, {part.name: whole}).values())
             for block in rows:

@@ -283,6 +283,9 @@ def _on_disk(
         if part.base is None:
             renamed.append(part)
             continue
+        is_apart = len(part.published) > 1 and part.slabs  # and written together, as it is from the live engine
+        if is_apart:
+            renamed.append(part)
         for name, shape in part.published:
             ties = [tie for tie in own_names.get(id(part.base), ()) if tie != part.name]
             candidates = [c for n in (name, *ties) for c in (n, n.removeprefix(f"{prefix}."), f"{prefix}.{n}")]
@@ -298,7 +301,8 @@ def _on_disk(
                 )
             is_fused = len(part.published) > 1
             base = torch.empty(shape, dtype=tensor.dtype, device="meta") if is_fused else part.base
-            renamed.append(replace(part, name=name, base=base, published=((name, shape),)))
+            if not is_apart:
+                renamed.append(replace(part, name=name, base=base, published=((name, shape),)))
             found[name] = tensor
     return renamed, found
 
@@ -330,6 +334,9 @@ def _from_disk(
     masters = [trained[keys[id(parameter)]].whole() for parameter in part.masters]
     if part.base is None:
         yield Pieces(lambda first, last: masters[0][first:last])
+    elif len(part.published) > 1:
+        apart = [on_disk[name].read for name, _ in part.published]
+        yield Pieces(apart[0], masters, apart)
     elif own is not None:
         rows, dtype = own
         whole = rows_with_mean(on_disk[part.name].whole().to(dtype), rows, part.shape[0])
