@@ -42,6 +42,7 @@ from launch.merge_rule import DTYPES, choose_dtype
 from launch.model import serving_generation_config, tokenizer_and_template
 from launch.modes import keep_private
 from launch.packing import choose_packing, forward_arguments
+from launch.parity import Unmerged, check_logits_of_live_run
 from launch.recipe import Recipe
 from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
 from launch.samples import Samples
@@ -190,6 +191,7 @@ def merge_chosen(job: Job, found: Mapping[str, Any], base: torch.nn.Module, dtyp
             engines.end_zero_init()
             merge_from_disk(find_source(recipe.run_directory), target, dtype_name=dtype_name, overwrite=True)
         return
+    unmerged = Unmerged(found["base"], recipe.model, job.tokenizer, adapter.parent, Path(found["store"]))
     merging.merge(
         job.model,
         job.tokenizer,
@@ -201,6 +203,7 @@ def merge_chosen(job: Job, found: Mapping[str, Any], base: torch.nn.Module, dtyp
             "step": chosen,
             **merging.facts_of(adapter, found["base"], found["identity"]["base"], shard_bytes),
         },
+        check=lambda written: check_logits_of_live_run(written, unmerged, dtype_name),
     )
 
 

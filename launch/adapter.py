@@ -23,7 +23,7 @@ from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
-from launch.errors import ConfigError
+from launch.errors import ConfigError, first_line
 from launch.recipe import AdapterBlock, LoraBlock
 
 ADAPTER_NAME = "default"  # PEFT's own
@@ -54,13 +54,21 @@ def add_adapter(
 
     PEFT would keep fp32 adapters on a 16-bit base, and DeepSpeed, which takes its type from the first trainable
     parameter, would then run fp16 without a loss scaler. DeepSpeed keeps the fp32 masters itself.
-    Raises ConfigError when a target matches no module.
+    Raises ConfigError when a target matches no module, or is one that cannot have the adapter's options.
     """
     check_targets(model, adapter)
     torch.manual_seed(seed)  # the same numbers on every rank, however many there are
     with _token_rows_on_any_device():
         config = peft_config(adapter, _model_type(model), base)
-        peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+        try:
+            peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+        except ValueError as error:
+            if "ParamWrapper does not work" not in str(error):
+                raise
+            raise ConfigError(
+                f"adapter: the experts of a {type(model).__name__} are one tensor, and {first_line(error)}; change "
+                "that, or name adapter.target_modules without the experts."
+            ) from None
     assert isinstance(peft_model, PeftModel)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:

@@ -78,6 +78,15 @@ def build_filled(factory: str, path: Path, dtype: torch.dtype) -> torch.nn.Modul
     return module
 
 
+def build_alone(factory: str, path: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """The same on this rank alone, whole."""
+    module = _build(factory)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    module.load_state_dict(read_state_dict(path))
+    return module
+
+
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file that `torch.save(model.state_dict(), path)` wrote, mapped; nothing else is unpickled.
 

@@ -10,25 +10,20 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners import lora as peft_lora
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from tqdm import tqdm
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from launch import engine as engines
-from launch.adapter import ADAPTER_NAME
 from launch.checkpoint import Identity, identity_of_file, publish
 from launch.errors import MergeError, first_line
 from launch.merge_output import check_replaceable
+from launch.merge_plan import plan_merge
 from launch.merge_rule import DTYPES, Opener, Part, Pieces, Proof, merged_blocks
 from launch.quantisation import is_quantised
 from launch.runs import write_json
@@ -46,68 +41,6 @@ def facts_of(adapter: Path, base: str, base_fingerprint: str, max_shard_size_byt
     }
 
 
-def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
-    """(the tensors of the merged model in order, second name -> first name of those that are still tied).
-
-    Raises MergeError for a kind of adapter layer that this merge does not know, or a trained tensor left over.
-    """
-    base = model.get_base_model()
-    modules = dict(base.named_modules())
-    known = (LoraLinear, peft_lora.Embedding, *((peft_lora.Linear4bit,) if is_quantised(base) else ()))
-    parts: list[Part] = []
-    seen: dict[int, str] = {}  # base tensors that are copied, by identity: a second name of one is a tie
-    ties: dict[str, str] = {}
-    tensors = [*base.named_parameters(remove_duplicate=False), *_persistent_buffers(base)]
-    for path, tensor in tensors:
-        owner, _, leaf = path.rpartition(".")
-        if ".original_module." in path or ".lora_" in path or ".trainable_tokens_delta." in path:
-            continue
-        if f".modules_to_save.{ADAPTER_NAME}." in path:
-            assert isinstance(tensor, torch.nn.Parameter)
-            parts.append(Part(path.replace(f".modules_to_save.{ADAPTER_NAME}", ""), None, trained=tensor))
-            continue
-        lora = tokens = added_bias = None
-        name = path
-        if ".base_layer." in path:
-            wrapper = owner.removesuffix(".base_layer")
-            name = f"{wrapper.removesuffix('.token_adapter')}.{leaf}"
-            layer: Any = modules[wrapper]
-            if isinstance(layer, TrainableTokensLayer):
-                tokens = layer if leaf == "weight" else None
-            elif type(layer) not in known or _is_odd_dora(layer):
-                raise MergeError(
-                    f"{wrapper}: a {type(layer).__name__} layer cannot be merged; train with run.merge=false, and "
-                    "serve base and adapter."
-                )
-            elif leaf == "weight":
-                lora = layer
-            elif leaf == "bias" and getattr(layer, "lora_bias", {}).get(ADAPTER_NAME):
-                lora, added_bias = layer, layer.lora_B[ADAPTER_NAME].bias
-        if isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad:  # a bias; LoRA's own are in their layers
-            parts.append(Part(name, None, trained=tensor))
-            continue
-        if lora is None and id(tensor) in seen:
-            ties[name] = seen[id(tensor)]
-            continue
-        if lora is None:
-            seen[id(tensor)] = name
-        parts.append(Part(name, tensor, lora=lora, tokens=tokens, added_bias=added_bias))
-    _check_all_used(model, parts)
-    return _with_published(base, parts), ties
-
-
-def _with_published(base: torch.nn.Module, parts: Sequence[Part]) -> list[Part]:
-    """The parts with the names that the hub's files have for them."""
-    empty = {part.name: torch.empty(part.shape, device="meta") for part in parts}
-    is_renamed = isinstance(base, PreTrainedModel) and revert_weight_conversion(base, empty).keys() != empty.keys()
-    published = []
-    for part in parts:  # one by one, since some become several; and only if need be, since each look takes a while
-        own = {part.name: empty[part.name]}
-        found = revert_weight_conversion(base, own) if is_renamed else own
-        published.append(replace(part, published=tuple((name, tuple(tensor.shape)) for name, tensor in found.items())))
-    return published
-
-
 # ---- from the live engine ----
 
 
@@ -120,11 +53,13 @@ def merge(
     dtype_name: str,
     max_shard_size_bytes: int,
     facts: Callable[[], Mapping[str, object]],
+    check: Callable[[Path], Mapping[str, object]],
 ) -> None:
     """Merge the live model into `target`, which appears whole or not at all. A collective; rank zero writes.
 
     A model of transformers becomes what `from_pretrained` reads, any other `model.pth`, a state dict like its own. Rank
-    zero alone asks for the `facts` of merge_report.json. A quantised base is not what is merged into: that is on disk.
+    zero alone asks for the `facts` of merge_report.json, and makes the last `check` of what it wrote: the other ranks
+    have returned by then. A quantised base is not what is merged into: that is on disk.
     Raises MergeError when a merged tensor is not finite in the output type.
     """
     base = model.get_base_model()
@@ -148,6 +83,7 @@ def merge(
         dtype_name=dtype_name,
         max_shard_size_bytes=max_shard_size_bytes,
         facts=facts(),
+        check=check,
     )
 
 
@@ -203,8 +139,12 @@ def write_merged(
     dtype_name: str,
     max_shard_size_bytes: int,
     facts: Mapping[str, object],
+    check: Callable[[Path], Mapping[str, object]],
 ) -> None:
-    """Write the merged model's directory, whole or not at all; parts are opened in the order of `plan_shards`."""
+    """Write the merged model's directory, whole or not at all; parts are opened in the order of `plan_shards`.
+
+    `check` sees it before anybody else does: what it returns goes into merge_report.json, and what it raises ends all.
+    """
     dtype, proof = DTYPES[dtype_name], Proof()
     shards = plan_shards(parts, dtype, max_shard_size_bytes)
     total_bytes = sum(_size_bytes(part, dtype) for part in parts)
@@ -234,7 +174,7 @@ def write_merged(
         tokenizer.save_pretrained(str(directory))
         if isinstance(base, PreTrainedModel):
             _check_reload(directory, base)
-        report = {"dtype": dtype_name, "tensors": len(parts), **facts, **proof.as_report()}
+        report = {"dtype": dtype_name, "tensors": len(parts), **facts, **check(directory), **proof.as_report()}
         write_json(directory / "merge_report.json", report)
         return identities
 
@@ -272,11 +212,11 @@ def _write_shards(
     _keep_freed_memory()
     closing: dict[str, Future[Identity]] = {}
     layouts = [[layout for part in shard for layout in part.layouts(dtype)] for shard in shards]
-    with ThreadPoolExecutor(1, "write") as writer, ThreadPoolExecutor(1, "sha256") as hasher:
+    with _one_thread(), ThreadPoolExecutor(1, "write") as writer, ThreadPoolExecutor(1, "sha256") as hasher:
         for name, shard, places in zip(shard_names(len(shards)), shards, layouts, strict=True):
             file = ShardFile(directory / name, places, writer, hasher)
             for part, rows in zip(shard, blocks, strict=False):
-                if len(part.published) > 1:  # fused experts: whole, and taken apart again
+                if len(part.published) > 1 and not part.slabs:  # in another order in files: whole, and taken apart
                     whole = torch.cat(list(rows))
                     rows = iter(revert_weight_conversion(base, {part.name: whole}).values())
                 for block in rows:
@@ -287,6 +227,17 @@ def _write_shards(
     if len(shards) > 1:
         write_json(directory / "model.safetensors.index.json", index_of(layouts))
     return identities
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Of torch's: a block is too small to be shared out, and the threads that hash and write want the other cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _keep_freed_memory() -> None:
@@ -347,22 +298,3 @@ def _write_code(directory: Path, base: PreTrainedModel, config: PretrainedConfig
     custom_object_save(base, directory, config=config)
     classes = {name: ref.rpartition("--")[2] for name, ref in config.auto_map.items() if isinstance(ref, str)}
     config.auto_map = {name: ref for name, ref in classes.items() if (directory / f"{ref.split('.')[0]}.py").exists()}
-
-
-def _check_all_used(model: PeftModel, parts: Sequence[Part]) -> None:
-    used = {id(parameter) for part in parts for parameter in part.masters}
-    left = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in used]
-    if left:
-        raise MergeError(
-            f"The merge does not know what to do with {left[0]} ({len(left)} such tensors); set run.merge=false."
-        )
-
-
-def _is_odd_dora(layer: Any) -> bool:
-    """DoRA of what is not a plain matrix: its magnitudes are those of the embeddings, or of the weight in 4 bits."""
-    return type(layer) is not LoraLinear and bool(layer.use_dora.get(ADAPTER_NAME))
-
-
-def _persistent_buffers(base: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    saved = base.state_dict(keep_vars=True).keys()
-    return [(name, buffer) for name, buffer in base.named_buffers() if name in saved]

@@ -25,6 +25,7 @@ from launch.errors import CheckpointError, MergeError
 from launch.fingerprint import fingerprint_base
 from launch.hub import fetch_model
 from launch.merge_output import check_replaceable, place_of
+from launch.merge_plan import plan_merge
 from launch.merge_rule import Part, Pieces, choose_dtype
 from launch.model import (
     DTYPES,
@@ -33,6 +34,7 @@ from launch.model import (
     resolve_base,
     serving_generation_config,
 )
+from launch.parity import Unmerged, check_logits
 from launch.preflight import with_revision
 from launch.recipe import SHARD_BYTES, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
@@ -50,7 +52,8 @@ class Source:
     """An adapter on disk: a run's, a checkpoint's, or any that PEFT saved."""
 
     adapter: Path  # the directory with adapter_config.json
-    recipe: Recipe | None  # of the run that it belongs to
+    run: Path | None  # that it belongs to
+    recipe: Recipe | None  # of that run
     precision: str | None  # that it was trained in
     stop_tokens: tuple[str, ...]  # that ended the trained answers; empty for what is no run's
     base_fingerprint: str | None  # of the base that the run began with
@@ -84,7 +87,7 @@ def find_source(path: Path) -> Source:
             checkpoints.verify(directory)
         except CheckpointError as error:
             raise MergeError(str(error)) from None
-    return Source(directory, recipe, precision, stop_tokens, base_fingerprint)
+    return Source(directory, None if recipe is None else run, recipe, precision, stop_tokens, base_fingerprint)
 
 
 def merge_from_disk(
@@ -130,38 +133,29 @@ def merge_from_disk(
         skeleton, peft_config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False, low_cpu_mem_usage=True
     )
     keys = _keys(model, trained, by_token)
-    parts, ties = merging.plan_merge(model)
+    parts, ties = plan_merge(model)
     of_base = {key: tensor for key, tensor in trained.items() if key not in keys.values()}
     precision = None if source.precision is None else DTYPES[source.precision]
     parts, on_disk = _on_disk(parts, stored, of_base, skeleton.base_model_prefix, by_token, names, own, precision)
     for start in (SAVING, DELETING):
         for path in target.parent.glob(f"{start}{glob.escape(target.name)}-*"):  # of a merge that was killed
             shutil.rmtree(path, ignore_errors=True)
-    with _one_thread():
-        merging.write_merged(
-            target,
-            parts,
-            ties,
-            lambda part: _from_disk(part, on_disk, keys, trained),
-            base=skeleton,
-            tokenizer=tokenizer,
-            generation_config=_generation_config(source, skeleton, tokenizer),
-            dtype_name=dtype_name,
-            max_shard_size_bytes=max_shard_size_bytes,
-            facts=facts,
-        )
+    store = None if source.run is None else source.run / "data"
+    unmerged = Unmerged(str(directory), settings, tokenizer, source.adapter, store)
+    merging.write_merged(
+        target,
+        parts,
+        ties,
+        lambda part: _from_disk(part, on_disk, keys, trained),
+        base=skeleton,
+        tokenizer=tokenizer,
+        generation_config=_generation_config(source, skeleton, tokenizer),
+        dtype_name=dtype_name,
+        max_shard_size_bytes=max_shard_size_bytes,
+        facts=facts,
+        check=lambda written: check_logits(written, unmerged, dtype_name),
+    )
     return True
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Of torch's: a block is too small to be shared out, and the threads that hash and write want the other cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _skeleton(
@@ -323,6 +317,9 @@ def _on_disk(
                 f"The adapter trains row {max(part.tokens.token_indices[ADAPTER_NAME])} of {part.name}, which has "
                 f"{part.shape[0]} in the base; is this the base it was trained on?"
             )
+        is_apart = len(part.published) > 1 and part.slabs  # and written together, as it is from the live engine
+        if is_apart:
+            renamed.append(part)
         for name, shape in part.published:
             ties = [tie for tie in own_names.get(id(part.base), ()) if tie != part.name]
             candidates = [c for n in (name, *ties) for c in (n, n.removeprefix(f"{prefix}."), f"{prefix}.{n}")]
@@ -344,7 +341,8 @@ def _on_disk(
                 )
             is_fused = len(part.published) > 1
             base = torch.empty(shape, dtype=tensor.dtype, device="meta") if is_fused else part.base
-            renamed.append(replace(part, name=name, base=base, published=((name, shape),)))
+            if not is_apart:
+                renamed.append(replace(part, name=name, base=base, published=((name, shape),)))
             found[name] = _as_trained(tensor, shape, own if part.name in by_token else (), precision)
     return renamed, found
 
@@ -367,5 +365,8 @@ def _from_disk(
     masters = [trained[keys[id(parameter)]].whole() for parameter in part.masters]
     if part.base is None:
         yield Pieces(lambda first, last: masters[0][first:last])
+    elif len(part.published) > 1:
+        apart = [on_disk[name].read for name, _ in part.published]
+        yield Pieces(apart[0], masters, apart)
     else:
         yield Pieces(on_disk[part.name].read, masters)

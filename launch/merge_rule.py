@@ -7,7 +7,7 @@ DoRA scales the rows of the sum to its magnitudes, and the result is rounded onc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,15 @@ _PROBE_TOLERANCE = 1e-5  # of |W| |x|, for sums in fp32
 
 
 @dataclass(frozen=True)
+class Slab:
+    """Rows of a matrix, or of an expert's, in a tensor in which transformers keeps what files have apart."""
+
+    expert: int | None  # None: it is one matrix
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
 class Part:
     """One tensor of the merged model and what it is made of."""
 
@@ -35,6 +44,7 @@ class Part:
     tokens: TrainableTokensLayer | None = None  # rows of it are replaced (trainable_token_indices)
     # (name, shape) of what the model's files have for it: transformers renames on loading, and fuses experts.
     published: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    slabs: tuple[Slab, ...] = ()  # of what is written, in its order, where that is not simply the tensor
 
     @property
     def masters(self) -> list[torch.nn.Parameter]:
@@ -60,6 +70,8 @@ class Part:
     @property
     def is_transposed(self) -> bool:
         """Whether the weight is [in, out], as in an embedding and in GPT-2's Conv1D."""
+        if isinstance(self.lora, peft_lora.ParamWrapper):  # of experts [in, out], as in GPT-OSS
+            return self.lora._param_ndim == 3 and not self.lora._did_swap_in_out_features
         return isinstance(self.lora, peft_lora.Embedding) or bool(getattr(self.lora, "fan_in_fan_out", False))
 
     def layouts(self, dtype: torch.dtype) -> list[Layout]:
@@ -76,6 +88,7 @@ class Pieces:
 
     rows: Callable[[int, int], torch.Tensor]  # [first, last) of the base, or of the trained copy
     masters: Sequence[torch.Tensor] = ()
+    apart: Sequence[Callable[[int, int], torch.Tensor]] = ()  # the same of each slab, when they are apart in files
 
 
 Opener = Callable[[Part], AbstractContextManager[Pieces]]
@@ -155,6 +168,10 @@ def merged_blocks(part: Part, pieces: Pieces, dtype: torch.dtype, proof: Proof) 
 
     Raises MergeError for a block that is not finite in `dtype`, or is not what the adapter makes of the base.
     """
+    for number in range(len(part.slabs)):
+        yield from merged_blocks(*_matrix_of(part, pieces, number), dtype, proof)
+    if part.slabs:
+        return
     blocks = row_blocks(part.shape)
     is_matrix = part.lora is not None and part.added_bias is None
     scaling = float(part.lora.scaling[ADAPTER_NAME]) if part.lora is not None else 0.0
@@ -197,3 +214,27 @@ def merged_blocks(part: Part, pieces: Pieces, dtype: torch.dtype, proof: Proof) 
                 "set run.merge_dtype (or --dtype) to bfloat16 or float32 and run the same command again."
             )
         yield value
+
+
+def _matrix_of(part: Part, pieces: Pieces, number: int) -> tuple[Part, Pieces]:
+    """A slab as a matrix of its own, with what is added to those rows."""
+    slab, masters = part.slabs[number], list(pieces.masters)
+    if pieces.apart:
+        rows = pieces.apart[number]
+    elif slab.expert is not None:
+        matrix = pieces.rows(slab.expert, slab.expert + 1)[0][slab.first : slab.last]
+        rows = lambda first, last: matrix[first:last]  # noqa: E731
+    else:
+        rows = lambda first, last: pieces.rows(slab.first + first, slab.first + last)  # noqa: E731
+    if slab.expert is not None and masters:  # A [experts * r, in], B [out, r * experts], as PEFT keeps them
+        lora_a, lora_b = masters
+        masters = [
+            lora_a.reshape(part.lora.num_experts, -1, lora_a.shape[1])[slab.expert],
+            lora_b.reshape(lora_b.shape[0], -1, part.lora.num_experts)[:, :, slab.expert],
+        ]
+    if masters and part.is_transposed:
+        masters[0] = masters[0][:, slab.first : slab.last]
+    elif masters:
+        masters[1:] = [master[slab.first : slab.last] for master in masters[1:]]
+    base = torch.empty(slab.last - slab.first, part.shape[-1], device="meta")
+    return replace(part, base=base, published=(), slabs=()), Pieces(rows, masters)

@@ -76,7 +76,7 @@ def batch_loss(
 
     `virtual_columns`: so many columns of the logits stand before the first token, those of a soft prompt.
     """
-    logits = _logits(model, batch, accepts=accepts, virtual_columns=virtual_columns)
+    logits = logits_of_targets(model, batch, accepts=accepts, virtual_columns=virtual_columns)
     return loss_and_sums(logits, batch.targets)
 
 
@@ -136,8 +136,13 @@ def leak_between_samples(
     return float((together.float() - alone.float()).abs().max() / alone.float().abs().max().clamp_min(1e-12))
 
 
-def _logits(model: torch.nn.Module, batch: Batch, *, accepts: Collection[str], virtual_columns: int) -> torch.Tensor:
-    """[positions, vocab]; a micro-batch without targets gives the one row that its backward pass starts from."""
+def logits_of_targets(
+    model: torch.nn.Module, batch: Batch, *, accepts: Collection[str], virtual_columns: int = 0
+) -> torch.Tensor:
+    """[positions, vocab], what predicts the targets.
+
+    A micro-batch without targets gives the one row that its backward pass starts from.
+    """
     rows, columns = batch.row_index, batch.column_index + virtual_columns
     if batch.targets.numel() == 0:
         rows = columns = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)

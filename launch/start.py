@@ -10,7 +10,6 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from launch import checkpoint as checkpoints
-from launch import merge as merging
 from launch import runs, same_run
 from launch.adapter import add_adapter, with_token_ids
 from launch.config import dump_recipe
@@ -18,6 +17,7 @@ from launch.data import prepare
 from launch.data_report import outcomes_line
 from launch.errors import DataError
 from launch.fingerprint import fingerprints, versions
+from launch.merge_plan import plan_merge
 from launch.model import (
     DTYPES,
     added_token_ids,
@@ -100,7 +100,7 @@ def adapted_base(
     check_added_are_trained(model, tokenizer, added)
     start_from(recipe.adapter, found["identity"]["init_from_sha256"], model)
     if recipe.merges:
-        merging.plan_merge(model)  # refuses now what it could not merge at the end
+        plan_merge(model)  # refuses now what it could not merge at the end
     if recipe.train.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return base, model

@@ -15,6 +15,7 @@ from test_reference import assert_our_step_is_theirs
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
+from launch.merge_from_disk import find_source, merge_from_disk
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +44,8 @@ MIXTURE = {
     "first_k_dense_replace": 1,
 }
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-LATENT = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+# base_layer: what is around one of two parameters of a module stands in what is around the other.
+LATENT_AND_EXPERTS = {*"q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj experts base_layer gate".split()}
 FUSED_MLP = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"}
 LORA = {"type": "lora", "r": 4, "lora_dropout": 0.0}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
@@ -51,13 +53,12 @@ GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny configuration, and what a recipe gets that names no targets (or names them)."""
+    """A tiny configuration, and what a recipe gets that names no targets."""
 
     sizes: dict[str, Any]
     targets: set[str]
     packed: bool = True
     attention: str = "sdpa"
-    named: bool = False
 
 
 CASES = {
@@ -73,8 +74,8 @@ CASES = {
     "glm": Case(SIZES | {"head_dim": 8}, FUSED_MLP),
     "glm4": Case(SIZES | {"head_dim": 8}, FUSED_MLP),
     "internlm3": Case(SIZES | {"head_dim": 8}, SEVEN),
-    "deepseek_v2": Case(SIZES | MIXTURE, LATENT, named=True),
-    "deepseek_v3": Case(SIZES | MIXTURE, LATENT, named=True),
+    "deepseek_v2": Case(SIZES | MIXTURE, LATENT_AND_EXPERTS),
+    "deepseek_v3": Case(SIZES | MIXTURE, LATENT_AND_EXPERTS),
     "bloom": Case(
         {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
         {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
@@ -126,7 +127,7 @@ def test_an_architecture_trains_and_merges(family: str, tmp_path: Path, capfd: p
     recipe = world.recipe(
         family,
         model={"attn_implementation": case.attention},
-        adapter=LORA | ({"target_modules": sorted(case.targets)} if case.named else {}),
+        adapter=LORA,
         train={"max_steps": 2, "warmup_steps": 0},
         run={"merge": True, "merge_dtype": "float32"},
     )
@@ -144,6 +145,9 @@ def test_an_architecture_trains_and_merges(family: str, tmp_path: Path, capfd: p
     merged = logits_of(directory / "merged", None, ids)
     assert (tuned - before).abs().max() > 0.01 * before.abs().max(), "the adapter must matter"
     assert (merged - tuned).abs().max() < 1e-4 * tuned.abs().max()
+    assert merge_from_disk(find_source(directory), directory / "from-disk", max_shard_size_bytes=10**9)
+    live, from_disk = (directory / name / "model.safetensors" for name in ("merged", "from-disk"))
+    assert live.read_bytes() == from_disk.read_bytes()
 
 
 @pytest.mark.parametrize("family", ["glm", "glm4"])
@@ -155,11 +159,22 @@ def test_gradients_of_glm_are_those_of_peft(family: str, tmp_path: Path) -> None
 
 
 def test_what_cannot_be_merged_is_refused_at_the_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The default targets, with the merge at the end; without it, the same recipe trains."""
-    world = world_of(tmp_path, "deepseek_v3", SIZES | MIXTURE)
-    recipe = world.recipe("deepseek_v3", adapter=LORA, train={"max_steps": 1}, run={"merge": True})
+    """DoRA on embeddings, with the merge at the end; without it, the same recipe trains."""
+    world = world_of(tmp_path, "qwen2", SIZES)
+    adapter = LORA | {"use_dora": True, "target_modules": ["embed_tokens"]}
+    recipe = world.recipe("dora", adapter=adapter, train={"max_steps": 1}, run={"merge": True})
     assert run_ranks(1, train.main, [str(recipe)]) == [1]
-    layer = "model.layers.1.mlp.experts.base_layer: a ParamWrapper layer"  # PEFT's way to the experts
-    assert f"Refused: {layer} cannot be merged; train with run.merge=false, and serve" in capfd.readouterr().err
+    said = "Refused: model.embed_tokens: PEFT's Embedding layer cannot be merged; train with run.merge=false, and serve"
+    assert said in capfd.readouterr().err
     launch(recipe, 1, "run.merge=false")
-    assert len(world.metrics("deepseek_v3", "train")) == 1
+    assert len(world.metrics("dora", "train")) == 1
+
+
+def test_dropout_on_experts_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    world = world_of(tmp_path, "deepseek_v3", SIZES | MIXTURE)
+    recipe = world.recipe("deepseek_v3", adapter=LORA | {"lora_dropout": 0.1})
+    assert run_ranks(1, train.main, [str(recipe)]) == [1]
+    assert (
+        "Refused: adapter: the experts of a DeepseekV3ForCausalLM are one tensor, and lora.ParamWrapper does not work "
+        "with lora_dropout != 0; change that, or name adapter.target_modules without the experts."
+    ) in capfd.readouterr().err

@@ -41,9 +41,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_experts": 4,
         "num_key_value_heads": 1,
     },
+    "Mixtral": {**SIZES, "intermediate_size": 48, "num_local_experts": 4, "num_key_value_heads": 1},
+    "GptOss": {  # whose experts are fused in the files as well, [in, out]
+        **SIZES,
+        **ENDS,
+        "intermediate_size": 40,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    },
 }
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONV1D = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROWS = {"embed_tokens": [1], "lm_head": [2]}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lora": ("Qwen2", {}, {}),
@@ -66,6 +77,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "GPT2": ("GPT2", {}, CONV1D),
     "GPT2, dora": ("GPT2", {}, {**CONV1D, "use_dora": True}),
     "Qwen2Moe": ("Qwen2Moe", {}, {"target_modules": ["q_proj", "o_proj"]}),
+    "experts": ("Qwen2Moe", {}, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+    "some of the experts": ("Qwen2Moe", {}, {"target_modules": [], "target_parameters": EXPERTS[1:]}),
+    "experts with patterns": (
+        "Qwen2Moe",
+        {},
+        {"target_parameters": EXPERTS, "use_rslora": True, "rank_pattern": {"experts.down_proj": 5}},
+    ),
+    "experts of Mixtral, and routers": ("Mixtral", {}, {"target_modules": "all-linear"}),
+    "experts of GPT-OSS": ("GptOss", {}, {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
 }
 FAST = {"lora", "tied"}
 
