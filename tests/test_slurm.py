@@ -547,13 +547,14 @@ def test_submit_writes_the_job_and_says_how_to_follow_it(
 ) -> None:
     for name in ("SBATCH_TIMELIMIT", "SBATCH_OPEN_MODE", "SBATCH_ARRAY_INX", "SLURM_JOB_NUM_NODES"):
         monkeypatch.setenv(name, "5")  # of the user's environment, which would go before the text
-    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    for name, value in (("SBATCH_ACCOUNT", "mine"), ("SLURM_CONF", "/etc/slurm/slurm.conf")):
+        monkeypatch.setenv(name, value)
     directory = world.run_directory("queued")
     code, out, err = submit(world.recipe("queued"), "--nodes", "2", "--time", "1:30:00", "slurm.gres=gpu:4")
     assert (code, err) == (0, "")
     ((argv, variables),) = calls(cluster, "sbatch")
     assert argv == ["--parsable", str(directory / "job.sbatch")]
-    assert variables == {"SBATCH_ACCOUNT": "mine"}
+    assert variables == {"SBATCH_ACCOUNT": "mine", "SLURM_CONF": "/etc/slurm/slurm.conf"}
     text = (directory / "job.sbatch").read_text(encoding="utf-8")
     for line in ("#SBATCH --nodes=2", "#SBATCH --time=1:30:00", "#SBATCH --gres=gpu:4", "#SBATCH --job-name=queued"):
         assert line in text.splitlines()
