@@ -1,4 +1,4 @@
-"""What the merged model consists of: its tensors in order, what each is made of, and what the hub's files have for it."""
+"""What a merged model consists of: its tensors, what each is made of, and what the files on the hub have for it."""
 
 import math
 from collections.abc import Mapping, Sequence
