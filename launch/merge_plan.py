@@ -84,15 +84,18 @@ def _wrapped_by(modules: Mapping[str, torch.nn.Module], owner: str, leaf: str) -
 
 
 def _with_published(base: torch.nn.Module, parts: Sequence[Part]) -> list[Part]:
-    """The parts with the names that the hub's files have for them."""
+    """The parts with the names that files on the hub have for them; a module of one's own has no others."""
+    if not isinstance(base, PreTrainedModel):
+        return list(parts)
     empty = {part.name: torch.empty(part.shape, device="meta") for part in parts}
-    is_renamed = isinstance(base, PreTrainedModel) and revert_weight_conversion(base, empty).keys() != empty.keys()
+    in_files = revert_weight_conversion(base, empty)
+    is_as_in_memory = all(in_files.get(name) is tensor for name, tensor in empty.items())
     published = []
     for part in parts:
-        if isinstance(base, PreTrainedModel) and (is_renamed or _is_of_experts(part)):  # a look that takes a while
-            published.append(_as_published(base, part))
-        else:
+        if is_as_in_memory and not _is_of_experts(part):
             published.append(replace(part, published=((part.name, part.shape),)))
+        else:  # one by one, since some become several; each look at a large model takes a while
+            published.append(_as_published(base, part))
     return published
 
 
@@ -102,13 +105,15 @@ def _is_of_experts(part: Part) -> bool:
 
 def _as_published(base: PreTrainedModel, part: Part) -> Part:
     """The part with what the model's files have for it, and where each of that stands in a fused tensor."""
-    reverted = revert_weight_conversion(base, {part.name: torch.empty(part.shape, device="meta")})
+    empty = torch.empty(part.shape, device="meta")
+    reverted = revert_weight_conversion(base, {part.name: empty})
     published = tuple((name, tuple(tensor.shape)) for name, tensor in reverted.items())
     is_fused = len(published) > 1 or _is_of_experts(part)
     slabs = _slabs(base, part, published) if is_fused and len(part.shape) in (2, 3) else ()
-    if is_fused and part.lora is not None and not slabs:
+    is_turned = len(reverted) == 1 and next(iter(reverted.values())) is not empty
+    if (is_turned or (is_fused and part.lora is not None)) and not slabs:
         raise MergeError(
-            f"{part.name}: the files have it in another order of rows, in which LoRA cannot be merged; train with "
+            f"{part.name}: the files have its numbers in another order, in which they cannot be merged; train with "
             "run.merge=false, and serve base and adapter."
         )
     return replace(part, published=published, slabs=slabs)

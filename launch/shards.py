@@ -134,12 +134,14 @@ def read_pickle(path: Path) -> dict[str, Stored]:
 
 
 def read_model(directory: Path) -> dict[str, Stored]:
-    """Every tensor of a model's directory, from one file or the shards of its index; safetensors go first.
+    """Every tensor of a model's directory, in transformers' order: one file, the shards of an index; safetensors first.
 
     Raises MergeError when there is none, when one is missing, or when an index names a file of another directory.
     """
     for index_name, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
         read = read_safetensors if single.endswith(".safetensors") else read_pickle
+        if (directory / single).is_file():
+            return read(directory / single)
         if (directory / index_name).is_file():
             weight_map = json.loads((directory / index_name).read_text(encoding="utf-8"))["weight_map"]
             found: dict[str, Stored] = {}
@@ -151,8 +153,6 @@ def read_model(directory: Path) -> dict[str, Stored]:
             if missing:
                 raise MergeError(f"{directory}: {missing[0]} is in {index_name}, and in no shard.")
             return found
-        if (directory / single).is_file():
-            return read(directory / single)
     raise MergeError(f"{directory} has neither {' nor '.join(SINGLE_FILES)}, in one file or in shards.")
 
 

@@ -17,11 +17,13 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_cli import python_m_launch
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from launch import hub
 from launch.checkpoint import path_of_step
 from launch.errors import MergeError
 from launch.merge_from_disk import find_source, merge_from_disk
+from launch.merge_plan import plan_merge
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -222,6 +224,26 @@ def test_lora_on_tied_embeddings_leaves_the_head_alone(tmp_path: Path, num_rows:
         expected = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))(ids).logits
     assert (before - expected).abs().max() > 1e-3
     assert torch.allclose(after, expected, atol=1e-5)
+
+
+def test_numbers_that_the_files_have_in_another_order_are_refused_by_name() -> None:
+    """As qwen3_vl_moe's experts are: written as they are in memory, they would be loaded turned around."""
+    model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(**CONFIGS["Qwen2"]))
+    model._weight_conversions = [WeightConverter("k_proj.weight", "k_proj.weight", operations=[Transpose(0, 1)])]
+    with pytest.raises(MergeError, match=r"layers\.0\.self_attn\.k_proj\.weight: the files have its"):
+        plan_merge(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
+
+
+def test_of_one_file_and_shards_the_one_is_read_that_transformers_loads(tmp_path: Path) -> None:
+    make(tmp_path, *CASES["lora"])
+    other = AutoModelForCausalLM.from_config(transformers.Qwen2Config(**CONFIGS["Qwen2"])).half()
+    save_file(
+        {name: tensor.clone() for name, tensor in other.state_dict().items()}, tmp_path / "base/model.safetensors"
+    )
+    merge(tmp_path)
+    loaded, found = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "merged"))
+    assert torch.equal(loaded.lm_head.weight, other.lm_head.weight)
+    assert torch.equal(found.lm_head.weight, other.lm_head.weight)
 
 
 def test_a_base_in_a_pickle_is_read_and_nothing_in_it_runs(tmp_path: Path) -> None:
