@@ -46,7 +46,7 @@ def make(directory: Path, *, num_held_out: int) -> Unmerged:
     save_split(directory / "data", {"evaluation": numbers[:num_held_out], "train": numbers[num_held_out:]})
     settings = ModelBlock(name_or_path=str(base))
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return Unmerged(str(base), settings, tokenizer, directory / "adapter", directory / "data")
+    return Unmerged(str(base), settings, torch.float16, tokenizer, directory / "adapter", directory / "data")
 
 
 def test_what_is_merged_has_the_logits_of_base_and_adapter_and_what_is_not_is_found(tmp_path: Path) -> None:
