@@ -1,13 +1,14 @@
-"""The parameters of a base model by name, from config.json or from the headers of its safetensors files; no weight read.
+"""The parameters of a base model by name, from config.json or the headers of its safetensors files; no weight is read.
 
 Names and shapes are those of transformers 5 (models/<family>/modeling_<family>.py); tests/test_shapes.py compares them
 with the classes themselves, on the meta device.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Base:
         """What the names of the decoder layers begin with."""
         return "model.layers."
 
-    @property
+    @functools.cached_property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of every linear layer of the decoder by its path, the head left out."""
         found = {name.removesuffix(".weight"): shape for name, shape in self.shapes.items() if len(shape) == 2}
@@ -93,7 +94,7 @@ def base_of_config(config: Mapping[str, Any], where: str, shapes: Shapes | None 
     except KeyError as error:
         raise ModelError(f"{where}: config.json has no {error.args[0]}, which a {family} must have.") from None
     computed = _phi_shapes(base, config) if family == "phi" else _llama_shapes(base, config)
-    return Base(**{**vars(base), "shapes": shapes or computed})
+    return replace(base, shapes=shapes or computed)
 
 
 def _llama_shapes(base: Base, config: Mapping[str, Any]) -> Shapes:
