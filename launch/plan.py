@@ -64,7 +64,7 @@ class Choice:
     num_micro_batches: int  # of a rank, in a step of the longest samples
     seconds: speed.Seconds  # of a step
     is_tight: bool  # it leaves less than RESERVED_SHARE of the GPU free
-    obstacle: str  # why it does not run; empty: it does
+    obstacle: str  # what there is too little memory for; empty: it runs
 
     @property
     def accelerate_file(self) -> Path:
@@ -293,7 +293,7 @@ def _largest(fits: Callable[[int], bool], smallest: int) -> int:
 
 
 def _obstacle(case: Case, demand: Demand, model: Model) -> str:
-    """Why a choice does not run; empty if it does."""
+    """What a choice has too little for; empty if it runs."""
     gpu, host = case.hardware.gpu.memory_bytes, case.hardware.host_memory_bytes
     if demand.gpu_bytes > gpu:
         return "GPU memory"
@@ -301,7 +301,7 @@ def _obstacle(case: Case, demand: Demand, model: Model) -> str:
         return "host memory"
     whole = memory.parameter_bytes(model, 1, 2) + memory.constants_bytes(model)
     if model.load_in_4bit and whole + CONTEXT_BYTES > gpu:  # each rank quantises the whole on its GPU
-        return "GPU memory while loading"
+        return "loading it"
     return ""
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_base
+from conftest import ROOT, build_base
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,56 +25,15 @@ TINY: dict[str, Any] = {
     "vocab_size": 100,
     "tie_word_embeddings": False,
 }
-# Figures of the published config.json files; what is left out has no part in the shapes.
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "Qwen1.5-14B-Chat": {
-        "model_type": "qwen2",
-        "hidden_size": 5120,
-        "intermediate_size": 13696,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-    "Qwen2-7B-Instruct": {
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-    "phi-2": {
-        "model_type": "phi",
-        "hidden_size": 2560,
-        "intermediate_size": 10240,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 51200,
-        "resid_pdrop": 0.1,
-        "qk_layernorm": False,
-        "tie_word_embeddings": False,
-    },
-    "Meta-Llama-3-8B": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "tests" / "model_configs").glob("*.json"))
 }
 NUM_PARAMETERS = {
-    "Qwen1.5-14B-Chat": 14_167_290_880,
-    "Qwen2-7B-Instruct": 7_615_616_512,
+    "qwen1.5-14b-chat": 14_167_290_880,
+    "qwen2-7b-instruct": 7_615_616_512,
     "phi-2": 2_779_683_840,
-    "Meta-Llama-3-8B": 8_030_261_248,
+    "llama-3-8b": 8_030_261_248,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": TINY | {"model_type": "qwen2"},
