@@ -159,32 +159,32 @@ def gathered_bytes(model: Model, sharding: Sharding, *, gradient_checkpointing: 
     for place in range(len(trace) - 1, -1, -1):
         next_use[place] = last_seen.get(trace[place])
         last_seen[trace[place]] = place
-    always = set(persistent)
-    live: dict[str, int] = {}
-    live_count = most = 0
-    fetched_up_to = 0
+    # Of those that are not always whole: who is, how many numbers that are, and how many bytes at most so far.
+    always, live = set(persistent), set[str]()
+    live_count = live_bytes = most = fetched_up_to = 0
     for place, name in enumerate(trace):
-        if name not in always and name not in live:
-            live[name] = sizes[name][0] * sizes[name][1]
-            live_count += counts[place]
+        fetched = [] if name in always or name in live else [name]
         fetched_up_to = max(fetched_up_to, place + 1)
-        room = min(sharding.max_live_parameters - live_count, sharding.prefetch_bucket_size)
-        ahead = 0
-        while fetched_up_to < len(trace) and ahead < room:
+        free = sharding.max_live_parameters - live_count - sum(sizes[one][0] for one in fetched)
+        room = min(sharding.prefetch_bucket_size, free)
+        while fetched_up_to < len(trace) and room > 0:
             other = trace[fetched_up_to]
-            if other not in always and other not in live:
-                live[other] = sizes[other][0] * sizes[other][1]
-                ahead += counts[fetched_up_to]
+            if other not in always and other not in live and other not in fetched:
+                fetched.append(other)
+                room -= sizes[other][0]
             fetched_up_to += 1
-        live_count += ahead
-        most = max(most, sum(live.values()))
+        live |= set(fetched)
+        live_count += sum(sizes[one][0] for one in fetched)
+        live_bytes += sum(math.prod(sizes[one]) for one in fetched)
+        most = max(most, live_bytes)
         again = next_use[place]
         is_kept = again is not None and (
             again < fetched_up_to or before[again] - before[place + 1] < sharding.max_reuse_distance
         )
         if name in live and not is_kept:
-            del live[name]
-            live_count -= counts[place]
+            live.remove(name)
+            live_count -= sizes[name][0]
+            live_bytes -= math.prod(sizes[name])
     return most + sum(sizes[name][0] * sizes[name][1] for name in persistent)
 
 

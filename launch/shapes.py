@@ -94,7 +94,17 @@ def base_of_config(config: Mapping[str, Any], where: str, shapes: Shapes | None 
     except KeyError as error:
         raise ModelError(f"{where}: config.json has no {error.args[0]}, which a {family} must have.") from None
     computed = _phi_shapes(base, config) if family == "phi" else _llama_shapes(base, config)
-    return replace(base, shapes=shapes or computed)
+    return replace(base, shapes=computed if shapes is None else _in_order(base, computed, shapes, where))
+
+
+def _in_order(base: Base, computed: Shapes, shapes: Shapes, where: str) -> Shapes:
+    """The shapes of the files in the order of the modules, which files do not keep, and without tables of positions."""
+    missing = next((name for name in computed if name not in shapes), None)
+    if missing is not None and not base.has_own_code:
+        raise ModelError(f"{where}: its safetensors files have no {missing}, which a {base.family} must have.")
+    known = {name: shapes[name] for name in computed if name in shapes}
+    others = {name: shape for name, shape in shapes.items() if not name.endswith(".inv_freq")}
+    return known | others
 
 
 def _llama_shapes(base: Base, config: Mapping[str, Any]) -> Shapes:

@@ -110,6 +110,15 @@ def test_bytes_of_a_rank_are_deepspeeds(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bytes_of_a_base_in_four_bits(world: World, tmp_path: Path, stage: int) -> None:
+    """ZeRO-3 shares the packed numbers out, two in a byte; three ranks."""
+    recipe = world.recipe(f"nf4-{tmp_path.name}", adapter=LORA, model={"load_in_4bit": True})
+    held = run_ranks(3, held_by_a_rank, str(recipe), deepspeed=deepspeed_json(tmp_path, stage))
+    assert {rank["weights"] for rank in held} == {memory.parameter_bytes(model_of(recipe), 3, stage)}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "gradient_checkpointing"),
     [

@@ -121,7 +121,13 @@ def test_a_target_that_the_base_does_not_have_is_refused() -> None:
 def test_headers_give_the_shapes_that_the_config_gives(tmp_path: Path) -> None:
     """Of one file and of several with an index."""
     config = read_config(build_base(tmp_path / "base", ["a cairn"]) / "config.json")
-    assert shapes_of_files(tmp_path / "base") == base_of_config(config, "base").shapes
+    base, in_file = base_of_config(config, "base"), shapes_of_files(tmp_path / "base")
+    assert in_file == base.shapes and list(in_file) != list(base.shapes)
+    assert list(base_of_config(config, "base", in_file).shapes) == list(base.shapes)
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}  # in files of old
+    assert base_of_config(config, "base", in_file | table) == base
+    with pytest.raises(ModelError, match=r"have no model\.norm\.weight, which a qwen2 must have"):
+        base_of_config(config, "base", {name: s for name, s in in_file.items() if name != "model.norm.weight"})
     AutoModelForCausalLM.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
     assert shapes_of_files(tmp_path / "parts") == shapes_of_files(tmp_path / "base")
