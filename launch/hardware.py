@@ -119,7 +119,7 @@ def _gpus_of_this_machine() -> list[str]:
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
-    return names[: len(visible.split(","))] if visible else names
+    return names if visible is None else names[: len([number for number in visible.split(",") if number.strip()])]
 
 
 def _known(name: str) -> Gpu:

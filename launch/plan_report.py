@@ -136,7 +136,9 @@ def _beside(case: Case, found: Sequence[Choice], chosen: Choice) -> str:
     if not read_sharding(chosen.layout).offload_param:
         times = [_times_slower(case, chosen, tokens) for tokens in (chosen.budget_tokens, case.longest_tokens)]
         least, most = min(times), max(times)
-        said.append(f"offloading the weights (zero3) would take {_range(least, most)} times as long ({NOT_MEASURED})")
+        said.append(
+            f"zero3, which offloads the weights, would take {_range(least, most)} times as long ({NOT_MEASURED})"
+        )
     return "; ".join(said) or "without offload nothing fits"
 
 
