@@ -47,11 +47,13 @@ def command(case: Case, chosen: Choice, arguments: Sequence[str], accelerate_fil
     words = ["accelerate", "launch", "--config_file", str(accelerate_file or chosen.accelerate_file)]
     if accelerate_file is None:
         words += ["--num_processes", str(hardware.num_ranks)]
-    several = [] if hardware.num_nodes == 1 else ["--num_machines", str(hardware.num_nodes)]
-    several += [] if hardware.num_nodes == 1 else ["--machine_rank", "RANK", "--main_process_ip", "ADDRESS"]
+    if hardware.num_nodes > 1:
+        words += ["--num_machines", str(hardware.num_nodes), "--machine_rank", "RANK"]
+        words += ["--main_process_ip", "ADDRESS", "--main_process_port", "29500"]
+        words += ["--deepspeed_multinode_launcher", "standard"]  # each node starts its own, as Slurm does
     given = [word for word in arguments if word.partition("=")[0] not in changes(case.recipe, chosen)]
     changed = [f"{key}={str(value).lower()}" for key, value in changes(case.recipe, chosen).items()]
-    return shlex.join([*words, *several, "train.py", *given, *([] if accelerate_file else changed)])
+    return shlex.join([*words, "train.py", *given, *([] if accelerate_file else changed)])
 
 
 def changes(recipe: Recipe, chosen: Choice) -> dict[str, int | bool]:

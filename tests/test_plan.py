@@ -20,7 +20,7 @@ from launch.config import load_recipe
 from launch.errors import ConfigError, ModelError
 from launch.hardware import GPUS, Hardware, find_hardware, parse_size_bytes
 from launch.plan import ACCELERATE, LAYOUTS, Case, Choice, choices, find_base, make_case, read_sharding, recommend
-from launch.plan_report import changes, plan_lines, write_plan
+from launch.plan_report import changes, command, plan_lines, write_plan
 
 QWEN_14B = "configs/recipes/qwen1.5-14b-lora.yaml"
 CONFIG_14B = Path("tests/model_configs/qwen1.5-14b-chat.json")
@@ -86,6 +86,17 @@ def test_a_small_model_is_replicated_and_a_large_one_offloaded() -> None:
     assert {one.obstacle for one in found if one.layout == "zero3_no_offload" and not one.load_in_4bit} == {
         "GPU memory"
     }
+
+
+def test_four_bits_are_recommended_where_nothing_else_fits_only() -> None:
+    """And said to change the results; the command has it."""
+    case = case_of_14b(hardware("v100-16gb", 1, host="50GB"))
+    found = choices(case)
+    chosen = recommend(case, found)
+    assert chosen is not None and chosen.load_in_4bit
+    assert all(one.obstacle for one in found if not one.load_in_4bit)
+    said = plan_lines(case, found, chosen, [QWEN_14B])
+    assert "which changes the results" in " ".join(said.split()) and "model.load_in_4bit=true" in said
 
 
 def test_host_memory_is_counted() -> None:
@@ -241,6 +252,14 @@ def test_the_command_answers_within_80_columns_and_a_second_of_cpu_time() -> Non
     overrides = words[words.index("train.py") + 2 :]
     assert overrides == ["data.train=MY ROWS.jsonl", "train.max_tokens_per_micro_batch=7360"]
     assert load_recipe(ROOT / QWEN_14B, overrides).train.max_tokens_per_micro_batch == 7360
+
+
+def test_each_of_several_nodes_is_told_what_to_run() -> None:
+    machine = find_hardware("v100-32gb", 4, 2, "380GB", None)
+    case = case_of_14b(machine)
+    start = command(case, chosen_of(case), [QWEN_14B])
+    assert "--num_processes 8 --num_machines 2 --machine_rank RANK --main_process_ip ADDRESS" in start
+    assert "--deepspeed_multinode_launcher standard train.py" in start
 
 
 def test_json_has_every_choice() -> None:
