@@ -8,7 +8,7 @@ measurement that differs tells which one is wrong.
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launch.shapes import Base, Shapes
 
@@ -224,7 +224,8 @@ def trained_share(model: Model, num_ranks: int, stage: int) -> int:
     (stage_1_and_2.py, nccl_start_alignment_factor), of which a rank has its part.
     """
     if stage == 3:
-        return sum(math.ceil(math.prod(shape) / num_ranks) for shape in model.trained.values())
+        names = [name for group in model.groups for name in group]
+        return sum(math.ceil(math.prod(model.trained[name]) / num_ranks) for name in names)
     flat = [numel(model.trained[name] for name in group) for group in model.groups]
     return sum(math.ceil(count / (2 * num_ranks)) * 2 for count in flat)
 
@@ -258,23 +259,36 @@ def gradient_bytes(model: Model, sharding: Sharding, num_ranks: int) -> int:
 # ---- the memory of the host ----
 
 
+def pinned_buffers(model: Model, sharding: Sharding, num_ranks: int) -> list[int]:
+    """The bytes that a rank asks for in page-locked host memory, buffer by buffer.
+
+    offload_param: its share of each weight (partition_parameters.py), of the trained ones a second, flat copy
+    (stage3.py, _create_param_groups_fp16_flat_cpu_memory; the first is let go, and counted all the same).
+    offload_optimizer: ZeRO-3 two fp32 gradients of its share; ZeRO-2 of each group the fp32 master, its gradient and a
+    16-bit copy, room for the largest gradient, and the sum of the micro-batches' whole gradients, each by itself.
+    """
+    size, buffers = model.value_bytes, []
+    shares = [trained_share(replace(model, groups=(group,)), num_ranks, sharding.stage) for group in model.groups]
+    if sharding.offload_param:
+        stored = [model.stored(name) for name in (*model.base.shapes, *model.trained)]
+        buffers += [math.ceil(count / num_ranks) * each for count, each in stored]
+        buffers += [share * size for share in shares]
+    if sharding.offload_optimizer and sharding.stage == 3:
+        buffers += [sum(shares) * FP32_BYTES, *(share * FP32_BYTES for share in shares)]
+    elif sharding.offload_optimizer:
+        gradients = [math.prod(shape) * size for shape in model.trained.values()]
+        buffers += [share * each for share in shares for each in (FP32_BYTES, FP32_BYTES, size)]
+        buffers += [max(gradients), *gradients]
+    return buffers
+
+
 def pinned_bytes(model: Model, sharding: Sharding, num_ranks: int) -> int:
     """What a rank keeps in page-locked host memory.
 
-    offload_param: its share of the weights (partition_parameters.py), of the trained ones a second, flat copy
-    (stage3.py, _create_param_groups_fp16_flat_cpu_memory; the first is let go, and counted all the same).
-    offload_optimizer: ZeRO-3 two fp32 gradients of its share; ZeRO-2 the fp32 master, its gradient and a 16-bit copy,
-    room for the largest gradient, and the sum of the micro-batches' whole gradients.
+    torch's allocator for it gives a power of two for each buffer (CachingHostAllocator.h, PowerOf2Ceil), up to twice
+    what was asked for.
     """
-    total, share = 0, trained_share(model, num_ranks, sharding.stage)
-    if sharding.offload_param:
-        total += parameter_bytes(model, num_ranks, 3) + share * model.value_bytes
-    if sharding.offload_optimizer and sharding.stage == 3:
-        total += 2 * share * FP32_BYTES
-    elif sharding.offload_optimizer:
-        largest = max(math.prod(shape) for shape in model.trained.values())
-        total += share * (2 * FP32_BYTES + model.value_bytes) + (largest + model.num_trained) * model.value_bytes
-    return total
+    return sum(1 << max(count - 1, 0).bit_length() for count in pinned_buffers(model, sharding, num_ranks) if count)
 
 
 def host_optimizer_bytes(model: Model, sharding: Sharding, num_ranks: int) -> int:
