@@ -22,7 +22,7 @@ from launch.__main__ import app
 from launch.batch_step import Decision, Ending, decide
 from launch.config import as_override, dump_recipe, load_recipe
 from launch.errors import ConfigError
-from launch.slurm import JobText, QueuedJob
+from launch.slurm import JobText, QueuedJob, queued_job
 from launch.slurm_options import directive, literal_path, seconds_of
 
 HOSTILE = 'it\'s; "$HOME" `id`\n\\ #ü石'
@@ -583,6 +583,15 @@ def test_a_job_that_slurm_has_forgotten_and_one_of_another_cluster(world: World,
     (cluster / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
     code, _, err = submit(recipe)
     assert (code, err) == (2, "Refused: squeue says: Unable to contact slurm controller.\n")
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds_left"),
+    [("9:30", 570.0), ("1-02:03:04", 93784.0), ("0:00", 0.0), ("UNLIMITED", math.inf), ("INVALID", math.inf)],
+)
+def test_what_is_left_of_a_time_limit(cluster: Path, said: str, seconds_left: float) -> None:
+    (cluster / "queue").write_text(f"RUNNING None 0 N/A {said}")
+    assert queued_job("4711") == QueuedJob("RUNNING", "None", 0, False, seconds_left)
 
 
 def test_a_time_limit_that_a_stop_fills_is_refused(world: World, cluster: Path) -> None:
