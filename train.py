@@ -39,6 +39,7 @@ from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
 from launch.merge_from_disk import find_source, merge_from_disk
 from launch.merge_rule import DTYPES, choose_dtype
+from launch.model import DTYPES as TRAINED_DTYPES
 from launch.model import serving_generation_config, tokenizer_and_template
 from launch.modes import keep_private
 from launch.packing import choose_packing, forward_arguments
@@ -191,7 +192,8 @@ def merge_chosen(job: Job, found: Mapping[str, Any], base: torch.nn.Module, dtyp
             engines.end_zero_init()
             merge_from_disk(find_source(recipe.run_directory), target, dtype_name=dtype_name, overwrite=True)
         return
-    unmerged = Unmerged(found["base"], recipe.model, job.tokenizer, adapter.parent, Path(found["store"]))
+    trained_dtype = TRAINED_DTYPES[found["identity"]["precision"]]
+    unmerged = Unmerged(found["base"], recipe.model, trained_dtype, job.tokenizer, adapter.parent, Path(found["store"]))
     merging.merge(
         job.model,
         job.tokenizer,

@@ -141,7 +141,7 @@ def merge_from_disk(
         for path in target.parent.glob(f"{start}{glob.escape(target.name)}-*"):  # of a merge that was killed
             shutil.rmtree(path, ignore_errors=True)
     store = None if source.run is None else source.run / "data"
-    unmerged = Unmerged(str(directory), settings, tokenizer, source.adapter, store)
+    unmerged = Unmerged(str(directory), settings, precision or torch.float32, tokenizer, source.adapter, store)
     merging.write_merged(
         target,
         parts,

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from launch import factory
 from launch.adapter import WEIGHTS_FILE
 from launch.errors import MergeError, first_line
-from launch.memory import available_bytes
+from launch.free_memory import available_bytes
 from launch.merge_rule import DTYPES
 from launch.model import added_token_ids, load_base
 from launch.packing import collate, forward_arguments, logits_of_targets
@@ -45,6 +45,7 @@ class Unmerged:
 
     base: str
     settings: ModelBlock
+    dtype: torch.dtype  # that the base had while the adapter was trained: its files may have a wider one
     tokenizer: PreTrainedTokenizerBase
     adapter: Path  # a directory that PEFT reads
     store: Path | None  # of launch.samples; None: the adapter is no run's
@@ -163,6 +164,8 @@ def _logits_of_unmerged(unmerged: Unmerged, rows: Samples) -> tuple[list[torch.T
 
     def load() -> PeftModel:
         base = _load(unmerged.base, Path(unmerged.base), unmerged.settings)
+        for parameter in base.parameters():
+            parameter.data = parameter.data.to(unmerged.dtype).float()
         if isinstance(base, PreTrainedModel):
             added = added_token_ids(unmerged.tokenizer, unmerged.base, unmerged.settings)
             fit_vocabulary(base, unmerged.tokenizer, added, unmerged.settings)

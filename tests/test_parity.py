@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.errors import MergeError
-from launch.memory import available_bytes
+from launch.free_memory import available_bytes
 from launch.merge_from_disk import find_source, merge_from_disk
 from launch.parity import NUM_ROWS, POSITIONS_PER_ROW, Unmerged, check_logits
 from launch.recipe import ModelBlock
@@ -46,7 +46,7 @@ def make(directory: Path, *, num_held_out: int) -> Unmerged:
     save_split(directory / "data", {"evaluation": numbers[:num_held_out], "train": numbers[num_held_out:]})
     settings = ModelBlock(name_or_path=str(base))
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return Unmerged(str(base), settings, tokenizer, directory / "adapter", directory / "data")
+    return Unmerged(str(base), settings, torch.float16, tokenizer, directory / "adapter", directory / "data")
 
 
 def test_what_is_merged_has_the_logits_of_base_and_adapter_and_what_is_not_is_found(tmp_path: Path) -> None:
