@@ -172,8 +172,8 @@ def queued_job(job_id: str, cluster: str | None = None) -> QueuedJob | None:
     if not found:
         return None
     state, reason, restarts, preempted, time_left = found[0]
-    seconds_left = seconds_of(time_left)  # None: UNLIMITED, or INVALID before it has started
-    left = math.inf if seconds_left is None else seconds_left
+    seconds_left = 0.0 if time_left == "INVALID" else seconds_of(time_left)  # squeue's word for less than none
+    left = math.inf if seconds_left is None else seconds_left  # UNLIMITED
     return QueuedJob(state, reason, int(restarts), preempted not in ("N/A", "None"), left)
 
 

@@ -263,7 +263,8 @@ def test_preempted_signalled_and_out_of_time(
 
     with held(slow_world):
         num_terms = run.log.count("death signal")
-        cluster.run("scontrol", "update", f"JobId={run.job_id}", "TimeLimit=1")
+        hours, minutes, _ = map(int, run.job["RunTime"].split(":"))
+        cluster.run("scontrol", "update", f"JobId={run.job_id}", f"TimeLimit={60 * hours + minutes + 2}")
         run.wait_for(lambda: run.log.count("death signal") > num_terms, 60, "told that its time is over")
     run.until_requeued(3, TimeLimit=60)
     saved.append(run.status["step"])
