@@ -167,18 +167,16 @@ def slow_recipe(world: World, name: str, **train: Any) -> Path:
 
 
 @contextmanager
-def held(world: World, num_ranks: int = 2) -> Iterator[None]:
-    """The step that these ranks are in does not end meanwhile."""
-    closed = world.directory / "closed"
+def held(world: World) -> Iterator[None]:
+    """The step that a run is in does not end meanwhile: one of its ranks waits, and the others for it."""
+    closed, waits = world.directory / "closed", world.directory / "waits"
     closed.touch()
     try:
-        ranks = [world.directory / f"waits-{rank}" for rank in range(num_ranks)]
-        wait_for(lambda: all(path.exists() for path in ranks), SECONDS_TO_STOP, "held")
+        wait_for(waits.exists, SECONDS_TO_STOP, "held")
         yield
     finally:
         closed.unlink()
-        for path in world.directory.glob("waits-*"):
-            path.unlink()
+        waits.unlink(missing_ok=True)
 
 
 def weights(world: World, name: str) -> dict[str, torch.Tensor]:
@@ -333,7 +331,7 @@ def test_a_job_whose_node_is_out_of_reach_gives_way_to_its_next_start(cluster: C
     run.train(SAVE_STEPS)
     node = run.job["NodeList"]
     with cluster.silenced(node):
-        with held(slow_world, num_ranks=1):
+        with held(slow_world):
             run.until_requeued(1)
             run.wait_for(lambda: run.job["NodeList"] not in (node, "(null)"), 60, "on the other node")
             run.wait_for(lambda: "takes over" in run.log, SECONDS_TO_START, "taken over")
