@@ -158,7 +158,7 @@ def submitted_job(run_directory: Path) -> tuple[str, QueuedJob | None] | None:
 
 def queued_job(job_id: str, cluster: str | None = None) -> QueuedJob | None:
     """None when Slurm knows no such job any more. Raises SlurmError when it does not answer."""
-    fields = "State:30,Reason:60,RestartCnt:20,PreemptTime:30"
+    fields = "State:30,RestartCnt:20,PreemptTime:30,Reason:200"  # the last one may have blanks
     where = ["-M", cluster] if cluster else []
     try:
         said = _call("squeue", *where, "-h", "-t", "all", "-j", job_id, "-O", fields)
@@ -166,12 +166,12 @@ def queued_job(job_id: str, cluster: str | None = None) -> QueuedJob | None:
         if "Invalid job id specified" in str(error):
             return None
         raise
-    lines = [line.split() for line in said.splitlines() if not line.startswith("CLUSTER:")]
+    lines = [line.split(maxsplit=3) for line in said.splitlines() if not line.startswith("CLUSTER:")]
     found = [line for line in lines if len(line) == 4]
     if not found:
         return None
-    state, reason, restarts, preempted = found[0]
-    return QueuedJob(state, reason, int(restarts), preempted not in ("N/A", "None"))
+    state, restarts, preempted, reason = found[0]
+    return QueuedJob(state, reason.strip(), int(restarts), preempted not in ("N/A", "None"))
 
 
 def requeue(job_id: str) -> None:

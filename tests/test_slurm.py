@@ -76,7 +76,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (here / name).write_text(FAKE.format(python=sys.executable, here=str(here), kept=KEPT), encoding="utf-8")
         (here / name).chmod(0o755)
     (here / "node").write_text("NodeName=n1 Arch=x86_64\n   NodeAddr=10.0.0.1 NodeHostName=n1 Version=22.05\n")
-    (here / "queue").write_text("RUNNING None 0 N/A")
+    (here / "queue").write_text("RUNNING 0 N/A None")
     (here / "gpus").write_text('["4", "4"]')
     monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
     return here
@@ -563,10 +563,11 @@ def test_submit_writes_the_job_and_says_how_to_follow_it(
     for line in (f"tail -F {directory}/logs/job.log", f"python -m launch status {directory}", "scancel 4711"):
         assert line in out
 
-    (cluster / "queue").write_text("PENDING Priority 0 N/A")
-    code, _, err = submit(world.recipe("queued"))
-    assert code == 2 and err.startswith(f"Refused: {directory} has job 4711 in the queue (PENDING, Priority)")
-    (cluster / "queue").write_text("TIMEOUT TimeLimit 0 N/A")
+    for reason in ("Priority", "ReqNodeNotAvail, UnavailableNodes:n[1-2]"):
+        (cluster / "queue").write_text(f"PENDING 0 N/A {reason}   ")
+        code, _, err = submit(world.recipe("queued"))
+        assert code == 2 and err.startswith(f"Refused: {directory} has job 4711 in the queue (PENDING, {reason})")
+    (cluster / "queue").write_text("TIMEOUT 0 N/A TimeLimit")
     assert submit(world.recipe("queued"))[0] == 0
     assert len(calls(cluster, "sbatch")) == 2
 
@@ -575,7 +576,7 @@ def test_a_job_that_slurm_has_forgotten_and_one_of_another_cluster(world: World,
     (cluster / "elsewhere").touch()
     recipe = world.recipe("forgotten")
     assert submit(recipe)[0] == 0
-    (cluster / "queue").write_text("CLUSTER: elsewhere\nRUNNING None 0 N/A")
+    (cluster / "queue").write_text("CLUSTER: elsewhere\nRUNNING 0 N/A None")
     assert submit(recipe)[0] == 2
     assert all(argv[:2] == ["-M", "elsewhere"] for argv, _ in calls(cluster, "squeue"))
     (cluster / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
