@@ -173,7 +173,9 @@ def end(exit_code: int, started_unix_seconds: float, arguments: Sequence[str]) -
         signal.signal(number, signal.SIG_IGN)  # the requeue itself brings one
     directory = intended_run_directory(arguments)
     status = runs.read_status(directory)
-    is_of_this_start = status.get("unix_seconds", 0) >= started_unix_seconds  # by the clock of this very node
+    # By the clock of this very node. A run that was finished before says so, and writes nothing.
+    is_finished = exit_code == 0 and status.get("state") == "finished"
+    is_of_this_start = is_finished or status.get("unix_seconds", 0) >= started_unix_seconds
     job, recipe = _ask_slurm(), _recipe(arguments)
     ending = Ending(
         status["state"] if is_of_this_start else None,

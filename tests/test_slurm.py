@@ -406,6 +406,19 @@ def test_what_cannot_go_on_is_not_requeued(in_a_job: Path, cluster: Path, state:
     assert calls(cluster, "scontrol") == []
 
 
+@pytest.mark.parametrize(("exit_code", "code"), [(0, 0), (1, 1)])
+def test_a_start_that_finds_its_run_finished_ends_well(
+    in_a_job: Path, cluster: Path, exit_code: int, code: int
+) -> None:
+    """Slurm may have requeued the job for a node that failed after the last word; nothing is written then."""
+    directory = in_a_job / "runs" / "recipe"
+    directory.mkdir(parents=True)
+    runs.write_status(directory, "finished", "every step is done")
+    started = runs.read_status(directory)["unix_seconds"] + 1
+    assert batch_step.end(exit_code, started, [str(ROOT / "configs/recipes/tiny.yaml"), "run.name=recipe"]) == code
+    assert calls(cluster, "scontrol") == []
+
+
 def test_a_task_of_an_array_requeues_itself_alone(
     in_a_job: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
