@@ -20,7 +20,7 @@ from typing import Any
 
 from launch import runs, slurm
 from launch.config import intended_run_directory, parse_command_line
-from launch.errors import ConfigError, LaunchError, PreflightError, SlurmError
+from launch.errors import ConfigError, PreflightError, SlurmError
 from launch.modes import keep_private
 from launch.recipe import Recipe
 
@@ -190,18 +190,30 @@ def end(exit_code: int, started_unix_seconds: float, arguments: Sequence[str]) -
     if not decision.requeues:
         print(f"── job {_job_id()} ended: {decision.reason} (srun: exit code {exit_code})", flush=True)
         return decision.exit_code
-    try:
-        slurm.requeue(_job_id())
-    except LaunchError as error:
-        again = _ask_slurm()
-        if again is not None and again.num_restarts > _num_restarts():  # at the same moment
-            return 0
-        print(f"── job {_job_id()} ended: {decision.reason}; and no requeue: {error}", flush=True)
+    if fault := _requeue():
+        print(f"── job {_job_id()} ended: {decision.reason}; and no requeue: {fault}", flush=True)
         return 1
     is_preempted = job is not None and job.is_preempted
     _append(directory, _record(directory, _num_restarts() + 1, decision.reason, "the job", is_preempted=is_preempted))
     print(f"── job {_job_id()} is requeued: {decision.reason}", flush=True)
     return 0
+
+
+def _requeue() -> str:
+    """Why the job could not be put back into the queue; empty when it is there, through whomever."""
+    fault = ""
+    for _ in range(_ANSWERS):
+        try:
+            slurm.requeue(_job_id())
+            return ""
+        except PreflightError as error:  # a node without Slurm's commands
+            return str(error)
+        except SlurmError as error:
+            fault = str(error)
+        again = _ask_slurm()  # which waits for a controller that does not answer
+        if again is not None and again.num_restarts > _num_restarts():  # by Slurm at the same moment, or by a lost call
+            return ""
+    return fault
 
 
 # ---- what they share ----

@@ -445,6 +445,16 @@ def test_a_requeue_that_slurm_refuses_is_said(
     assert batch_step.read_requeues(directory) == []
 
 
+def test_a_controller_that_does_not_answer_is_asked_again(in_a_job: Path, cluster: Path) -> None:
+    busy = "echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    (cluster / "scontrol").write_text(f'#!/bin/sh\nif mkdir "$0.asked" 2> /dev/null; then {busy}; fi\n')
+    directory = in_a_job / "runs" / "recipe"
+    directory.mkdir(parents=True)
+    runs.write_status(directory, "preempted", "asked to stop")
+    assert batch_step.end(1, 0, [str(ROOT / "configs/recipes/tiny.yaml"), "run.name=recipe"]) == 0
+    assert len(batch_step.read_requeues(directory)) == 1
+
+
 RUNNING = QueuedJob("RUNNING", "None", 0, is_preempted=False)
 ASKED_TO_GO = QueuedJob("RUNNING", "None", 0, is_preempted=True)
 REQUEUED = QueuedJob("COMPLETING", "None", 1, is_preempted=False)  # Slurm counts up at once
