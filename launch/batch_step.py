@@ -148,7 +148,8 @@ def decide(ending: Ending) -> Decision:
     if job is not None and job.state not in _GOING and not is_over_time:
         return Decision(False, f"the job was cancelled ({job.state}); the same command continues", 1)
     is_asked_to_go = job is not None and job.is_preempted
-    if state in ("refused", "no progress") or (state == "failed" and not is_asked_to_go):
+    has_failed = state == "failed" and not (is_asked_to_go or is_over_time)  # else, likely, a peer was killed first
+    if has_failed or state in ("refused", "no progress"):
         return Decision(False, f"{state}: {reason}", 2 if state == "refused" else 1)
     if state is None and not is_asked_to_go:
         return Decision(False, "it ended before the run began; what was printed above says why", 1)

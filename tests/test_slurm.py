@@ -482,7 +482,7 @@ TIME_IS_UP = QueuedJob("COMPLETING", "TimeLimit", 0, is_preempted=False)
         ("failed", RUNNING, False, 1),
         ("failed", ASKED_TO_GO, True, 0),  # a peer was gone first
         ("failed", CANCELLED, False, 1),
-        ("failed", TIME_IS_UP, False, 1),
+        ("failed", TIME_IS_UP, True, 0),  # as well
         ("refused", RUNNING, False, 2),
         ("refused", ASKED_TO_GO, False, 2),
         ("no progress", RUNNING, False, 1),
