@@ -5,6 +5,7 @@ It imports no torch, for it runs while the ranks of the next start, or another's
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -255,7 +256,7 @@ def _record(directory: Path, restart: int, reason: str, by: str, *, is_preempted
 def _append(directory: Path, record: Mapping[str, Any]) -> None:
     """One line of requeues.jsonl; a disk that is full is no reason to end a run."""
     with contextlib.suppress(OSError), (directory / REQUEUES_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(json.dumps(record) + "\n")
 
 
 def _num_in_vain(directory: Path) -> int:
@@ -335,6 +336,9 @@ def _node_of(line: str) -> dict[str, Any] | None:
 
 def main(arguments: Sequence[str]) -> int:
     """`start ARGUMENT...`, `facts`, `compare PROCESSES ARGUMENT...`, `end CODE STARTED ARGUMENT...` of train.py."""
+    for stream in (sys.stdout, sys.stderr):  # a reason may hold a file's name that is no UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     recipe = _recipe(arguments[{"compare": 2, "end": 3}.get(arguments[0], 1) :]) if arguments else None
     keep_private(group_readable=recipe is not None and recipe.run.group_readable)
     match arguments:

@@ -419,6 +419,18 @@ def test_a_start_that_finds_its_run_finished_ends_well(
     assert calls(cluster, "scontrol") == []
 
 
+def test_words_that_are_no_utf8_keep_no_job_from_starting(in_a_job: Path) -> None:
+    directory = in_a_job / "runs" / "recipe"
+    (directory / "checkpoints" / "step-000042").mkdir(parents=True)
+    runs.write_status(directory, "failed", os.fsdecode(b"rows-\xff.jsonl cannot be read"))
+    command = [sys.executable, "-m", "launch.batch_step", "start", "recipe.yaml"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict", "SLURM_RESTART_COUNT": "1"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("failed, rows-\\udcff.jsonl cannot be read; going on after step 42\n")
+    assert len(batch_step.read_requeues(directory)) == 1
+
+
 def test_a_task_of_an_array_requeues_itself_alone(
     in_a_job: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
