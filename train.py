@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
             preflight.remove_stale_build_locks(print)
         with runs.open_run(directory) if is_rank_zero else nullcontext():
             if is_rank_zero:
-                newest = checkpoints.newest_step(directory)
+                newest = runs.newest_step(directory)
                 runs.begin(directory, newest, dump_recipe(recipe))
                 kept = f"step {newest} is saved" if newest else "there was nothing to save yet"
                 word = f"asked to stop before the first step; {kept}"

@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import runs
 from launch.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -223,7 +222,7 @@ def _check_run(run: Path, model: ModelBlock) -> None:
             "launch chat is for models of transformers, which have a generate(); fill the module of the run's "
             f"model.factory from {run / 'merged' / 'model.pth'} and call it."
         )
-    has_any = (run / "merged").is_dir() or (run / "adapter").is_dir() or checkpoints.newest_step(run)
+    has_any = (run / "merged").is_dir() or (run / "adapter").is_dir() or runs.newest_step(run)
     if not has_any:
         state = runs.read_status(run).get("state", "not started")
         raise ModelError(f"The run in {run} has saved no adapter yet (it is {state}); run train.py until it has.")

@@ -40,7 +40,7 @@ def start(arguments: Sequence[str]) -> int:
     """Say which start this is, why there is another, and from which step it goes on."""
     directory = intended_run_directory(arguments)
     job, number, nodes = _job_id(), _num_restarts(), os.environ["SLURM_JOB_NODELIST"]
-    step = newest_step(directory)
+    step = runs.newest_step(directory)
     if number == 0:
         goes_on = f", going on after step {step}, which an earlier job left: {_last_word(directory)}" if step else ""
         print(f"── job {job} on {nodes}{goes_on}", flush=True)
@@ -234,12 +234,6 @@ def read_requeues(directory: Path) -> list[dict[str, Any]]:
     return [record for record in found if isinstance(record, dict) and {"job", "restart", "reason"} <= record.keys()]
 
 
-def newest_step(directory: Path) -> int:
-    """Of the checkpoints, by their names; 0 for none."""
-    names = [path.name.removeprefix("step-") for path in directory.glob("checkpoints/step-*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
-
-
 def _record(directory: Path, restart: int, reason: str, by: str, *, is_preempted: bool) -> dict[str, Any]:
     """`restart` is the number of the start that follows."""
     return {
@@ -248,7 +242,7 @@ def _record(directory: Path, restart: int, reason: str, by: str, *, is_preempted
         "reason": reason,
         "by": by,
         "is_preempted": is_preempted,
-        "step": newest_step(directory),
+        "step": runs.newest_step(directory),
         "unix_seconds": time.time(),
     }
 
@@ -261,7 +255,7 @@ def _append(directory: Path, record: Mapping[str, Any]) -> None:
 
 def _num_in_vain(directory: Path) -> int:
     """The restarts of this job, the latest ones, that saved nothing newer, but for those that were preempted."""
-    count, step = 0, newest_step(directory)
+    count, step = 0, runs.newest_step(directory)
     for record in reversed(read_requeues(directory)):
         if record["job"] != _job_id() or record.get("step") != step or record.get("is_preempted"):
             break

@@ -38,7 +38,7 @@ from launch.parity import Unmerged, check_logits
 from launch.preflight import with_revision
 from launch.recipe import SHARD_BYTES, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
-from launch.runs import DELETING, SAVING
+from launch.runs import DELETING, SAVING, newest_step
 from launch.saved_embeddings import is_saved_twice, keys_of_base, resize_as_saved, whole_embedding
 from launch.shards import Stored, read_model, read_safetensors
 from launch.vocabulary import add_rows, own_rows, row_names, set_token_ids, with_mean
@@ -66,7 +66,7 @@ def find_source(path: Path) -> Source:
     directory = path / "adapter" if path == run and (path / "adapter").is_dir() else path
     precision, stop_tokens, base_fingerprint = None, (), None
     if recipe is not None:
-        newest = checkpoints.newest_step(run)
+        newest = newest_step(run)
         if path == run and not (path / "adapter").is_dir() and newest:
             directory = checkpoints.path_of_step(run, newest)
         if newest:

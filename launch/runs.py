@@ -213,6 +213,12 @@ def published_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for path in paths if (match := _CHECKPOINT.fullmatch(path.name)))
 
 
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint, by its name alone; 0 for none."""
+    published = published_checkpoints(directory)
+    return published[-1][0] if published else 0
+
+
 def write_progress(directory: Path, step: int, total_steps: int) -> None:
     """progress.json, after every step: in place and not synced, which costs microseconds; no kill takes it back."""
     text = json.dumps({"step": step, "total_steps": total_steps}).ljust(_PROGRESS_BYTES - 1) + "\n"
