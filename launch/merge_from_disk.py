@@ -138,7 +138,8 @@ def merge_from_disk(
     precision = None if source.precision is None else DTYPES[source.precision]
     parts, on_disk = _on_disk(parts, stored, of_base, skeleton.base_model_prefix, by_token, names, own, precision)
     for start in (SAVING, DELETING):
-        for path in target.parent.glob(f"{start}{glob.escape(target.name)}-*"):  # of a merge that was killed
+        # Of a merge that was killed; that into OUT-2 has another name.
+        for path in target.parent.glob(f"{start}{glob.escape(target.name)}-{'[0-9a-f]' * 8}"):
             shutil.rmtree(path, ignore_errors=True)
     store = None if source.run is None else source.run / "data"
     unmerged = Unmerged(str(directory), settings, precision or torch.float32, tokenizer, source.adapter, store)

@@ -183,6 +183,14 @@ def test_what_stands_beside_a_merge_is_not_deleted_with_it(made: Path, tmp_path:
     assert merge(made, output, overwrite=True) and model_files(output) == whole
 
 
+def test_what_is_being_merged_into_a_place_of_nearly_the_same_name_is_left_alone(made: Path, tmp_path: Path) -> None:
+    left, other = tmp_path / ".saving-model-0123abcd", tmp_path / ".saving-model-2-0123abcd"
+    left.mkdir()
+    other.mkdir()
+    merge(made, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "model"]
+
+
 def test_an_empty_directory_and_a_link_to_one_on_another_disk(made: Path, tmp_path: Path) -> None:
     """The link stays one."""
     (tmp_path / "empty").mkdir()
