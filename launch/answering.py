@@ -248,6 +248,8 @@ def _base_and_adapter(
         settings = settings.model_copy(update={"name_or_path": base, "revision": None})
     elif source.recipe is not None:
         name = resolve_base(source.recipe)
+    else:
+        settings = settings.model_copy(update={"revision": config.get("revision")})
     if settings.name_or_path != TINY_MODEL_NAME:
         key = "--base" if base else f"The base of {source.adapter} (--base is another)"
         directory, commit = fetch(key, name, ("config.json", "tokenizer_config.json"), settings.revision, ModelError)

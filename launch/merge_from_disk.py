@@ -108,7 +108,7 @@ def merge_from_disk(
     if max_shard_size_bytes is None:
         max_shard_size_bytes = SHARD_BYTES if source.recipe is None else source.recipe.run.max_shard_size_bytes
     peft_config = _peft_config(source.adapter)
-    name, settings = _base(source, base, str(peft_config.base_model_name_or_path), trust_remote_code)
+    name, settings = _base(source, base, peft_config, trust_remote_code)
     directory, commit = fetch_model("The base", name, settings.revision, MergeError)
     check_remote_code(settings, directory, commit, consent="give --trust-remote-code")
     target = place_of(target, base=directory, adapter=source.adapter)
@@ -206,11 +206,11 @@ def _peft_config(directory: Path) -> LoraConfig:
     return config
 
 
-def _base(source: Source, base: str | None, of_adapter: str, trust_remote_code: bool) -> tuple[str, ModelBlock]:
+def _base(source: Source, base: str | None, config: LoraConfig, trust_remote_code: bool) -> tuple[str, ModelBlock]:
     """(where the base is, how it is read): the one that is asked for, the run's, or that of the adapter's config."""
     if source.recipe is None:
-        name = base or of_adapter
-        return name, ModelBlock(name_or_path=name, trust_remote_code=trust_remote_code)
+        name, revision = (base, None) if base else (str(config.base_model_name_or_path), config.revision)
+        return name, ModelBlock(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)
     if source.recipe.model.factory is not None:
         raise MergeError(f"{source.adapter}: a model of a factory is merged at the end of its run only.")
     if source.recipe.model.load_in_4bit and getattr(source.recipe.adapter, "use_dora", False):

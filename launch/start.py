@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from launch import checkpoint as checkpoints
 from launch import runs, same_run
-from launch.adapter import add_adapter, with_token_ids
+from launch.adapter import ADAPTER_NAME, add_adapter, with_token_ids
 from launch.config import dump_recipe
 from launch.data import prepare
 from launch.data_report import outcomes_line
@@ -97,6 +97,7 @@ def adapted_base(
     fit_vocabulary(base, tokenizer, added, recipe.model)
     adapter = with_token_ids(recipe.adapter, added)
     model = add_adapter(base, adapter, base=found["base"], seed=recipe.train.seed, dtype=DTYPES[precision])
+    model.peft_config[ADAPTER_NAME].revision = recipe.model.revision  # of the base, for whoever loads the adapter
     check_added_are_trained(model, tokenizer, added)
     start_from(recipe.adapter, found["identity"]["init_from_sha256"], model)
     if recipe.merges:

@@ -19,7 +19,7 @@ from launch.merge_from_disk import find_source, merge_from_disk
 
 NOBODY = 65534
 READ_ONLY, REMOUNT, DETACH = 1, 32, 2  # MS_RDONLY, MS_REMOUNT, MNT_DETACH
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, LATER = "0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "fedcba98"
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -129,6 +129,22 @@ def test_a_base_in_the_cache_of_the_hub_that_cannot_be_written(
     told = {"merge_report.json", "manifest.json"}
     assert {name for name in ours if ours[name] != theirs[name]} == told
     assert json.loads(ours["merge_report.json"])["base_fingerprint"] == f"commit {COMMIT}"
+
+
+def test_the_base_has_the_commit_that_the_adapter_names(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the hub's main is by now."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "cache" / "models--owner--tiny"
+    shutil.copytree(made / "base", repository / "snapshots" / COMMIT)
+    (repository / "snapshots" / LATER).mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(LATER, encoding="utf-8")
+    shutil.copytree(made / "adapter", tmp_path / "adapter")
+    change_config(tmp_path, base_model_name_or_path="owner/tiny", revision=COMMIT)
+    assert merge(tmp_path, tmp_path / "merged")
 
 
 # ---- where it goes ----
