@@ -119,6 +119,7 @@ def _check_queue(directory: Path) -> None:
 def _check_recipe(recipe: Recipe) -> None:
     """The base's config, the adapter's targets, the template, and the first rows of every source."""
     preflight.check(recipe)
+    recipe = preflight.as_prepared(recipe)
     is_tiny = recipe.model.name_or_path == TINY_MODEL_NAME
     check_adapter_fits(TINY_MODEL_NAME if is_tiny else resolve_base(recipe), recipe)
     fingerprint_starting_adapter(recipe.adapter)
