@@ -367,6 +367,16 @@ def a_truncated_shard(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def a_wrong_header(directory: Path) -> None:
+    path = directory / "adapter" / "adapter_model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    next(entry for name, entry in header.items() if name != "__metadata__")["shape"][0] += 1
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
 def a_shard_elsewhere(directory: Path) -> None:
     path = directory / "base" / "model.safetensors.index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
@@ -389,6 +399,7 @@ FAULTS: dict[Callable[[Path], None], str] = {
     an_overflow: r"layers\.1\.mlp\.up_proj\.weight is not finite in float16; set",
     a_wrong_base: r"has the shape \[.*\], and the base wants \[.*\]; is this the base",
     a_truncated_shard: r"model-00002-of-\d+\.safetensors is no whole safetensors file: it has .* bytes",
+    a_wrong_header: r"adapter_model\.safetensors is no whole safetensors file: .* has .* bytes, which are not those of",
     a_shard_elsewhere: r"names '\.\./secret\.safetensors', which is not beside it",
     a_missing_shard: r"model-00002-of-\d+\.safetensors is no whole safetensors file",
     pissa: r"began as pissa, which changes the base as well",
