@@ -38,7 +38,7 @@ from launch.parity import Unmerged, check_logits
 from launch.preflight import with_revision
 from launch.recipe import SHARD_BYTES, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
-from launch.runs import DELETING, SAVING, newest_step
+from launch.runs import DELETING, SAVING, newest_step, read_json
 from launch.saved_embeddings import is_saved_twice, keys_of_base, resize_as_saved, whole_embedding
 from launch.shards import Stored, read_model, read_safetensors
 from launch.vocabulary import add_rows, own_rows, row_names, set_token_ids, with_mean
@@ -61,6 +61,7 @@ class Source:
 
 def find_source(path: Path) -> Source:
     """A run, one of its checkpoints, or a directory that PEFT wrote. Raises MergeError for anything else."""
+    path = path.absolute()  # of ".", nobody would know the run
     run = next((place for place in (path, path.parent) if (place / "recipe.yaml").is_file()), path.parent.parent)
     recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
     directory = path / "adapter" if path == run and (path / "adapter").is_dir() else path
@@ -70,7 +71,12 @@ def find_source(path: Path) -> Source:
         if path == run and not (path / "adapter").is_dir() and newest:
             directory = checkpoints.path_of_step(run, newest)
         if newest:
-            state = json.loads((checkpoints.path_of_step(run, newest) / "state.json").read_text(encoding="utf-8"))
+            state = read_json(checkpoints.path_of_step(run, newest) / "state.json")
+            if "identity" not in state:
+                raise MergeError(
+                    f"{checkpoints.path_of_step(run, newest)} has no state.json that can be read, which says what the "
+                    "run was trained on; run train.py again, which sets a damaged checkpoint aside."
+                )
             precision, base_fingerprint = state["identity"]["precision"], state["identity"]["base"]
             recipe = with_revision(recipe, state["identity"]["recipe"]["model"]["revision"])  # that it began with
         if (run / "data_report.json").is_file():  # none: nothing was prepared, and there is no adapter either

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import World, build_tokenizer, killed_before, launch, run_ranks
+from conftest import ROOT, World, build_tokenizer, killed_before, launch, run_ranks
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_cli import python_m_launch
@@ -287,6 +287,21 @@ def test_the_base_that_is_asked_for_is_the_one(tmp_path: Path, world: World) -> 
     ):
         merge_from_disk(find_source(run), tmp_path / "other", max_shard_size_bytes=10**9)
     (world.base / "model.safetensors").write_bytes(before)
+
+
+def test_a_checkpoint_is_that_of_its_run_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, *CASES["lora"])
+    checkpoint = path_of_step(tmp_path / "run", 2)
+    shutil.copytree(tmp_path / "adapter", checkpoint)
+    shutil.copy(ROOT / "configs" / "recipes" / "tiny.yaml", tmp_path / "run" / "recipe.yaml")
+    identity = {"precision": "bf16", "base": "sha256 1", "recipe": {"model": {"revision": None}}}
+    (checkpoint / "state.json").write_text(json.dumps({"identity": identity}), encoding="utf-8")
+    monkeypatch.chdir(checkpoint)
+    found = find_source(Path())
+    assert (found.run, found.precision, found.base_fingerprint) == (tmp_path / "run", "bf16", "sha256 1")
+    (checkpoint / "state.json").write_text("{", encoding="utf-8")
+    with pytest.raises(MergeError, match=r"step-000002 has no state\.json that can be read"):
+        find_source(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
