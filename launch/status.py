@@ -252,8 +252,9 @@ def _slurm_job_of(status: Mapping[str, Any], sight: lock.Sight | None, submitted
     """Of the owner; of a run that waits in the queue, which has none, that which was submitted or started last."""
     if sight is not None and sight.owner is not None and sight.owner.slurm_job_id:
         return sight.owner.slurm_job_id
-    parts = str(status.get("job", "")).split(" ")  # runs.this_job: address, port, and under Slurm job and restarts
-    started = parts[2] if len(parts) == 4 and parts[2].isalnum() else None
+    # runs.this_job: address, port, and under Slurm the job and, but for its first start, its restarts
+    parts = str(status.get("job", "")).split(" ")
+    started = parts[2] if len(parts) in (3, 4) and parts[2].isalnum() else None
     job_id = str(submitted.get("job_id", ""))
     is_later = (_number(submitted.get("unix_seconds")) or 0) > (_number(status.get("unix_seconds")) or 0)
     return job_id if job_id.isalnum() and (is_later or started is None) else started
