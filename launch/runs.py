@@ -25,6 +25,7 @@ from launch import lock
 from launch.errors import NoProgressError, PreflightError
 from launch.modes import as_at_start
 
+JOB_FILE, JOB_LOG, SUBMITTED_FILE = "job.sbatch", "logs/job.log", "submitted.json"  # under Slurm
 SAVING, DELETING = ".saving-", ".deleting-"  # how the names of directories begin that are not whole
 _TEMPORARY_FILE = re.compile(r"\..+\.[0-9a-f]+\.tmp")  # of write_text
 _CHECKPOINT = re.compile(r"step-(\d{6,})")

@@ -18,10 +18,9 @@ from launch.deadline import Deadline
 from launch.errors import ConfigError, PreflightError, SlurmError
 from launch.lock import ENDED_JOB_STATES
 from launch.modes import as_at_start
-from launch.runs import write_json
+from launch.runs import JOB_FILE, SUBMITTED_FILE, write_json
 from launch.slurm_options import OURS, OptionValue, directive, literal_path, overriding_variables, seconds_of
 
-JOB_FILE, LOG_FILE, RECORD_FILE = "job.sbatch", "logs/job.log", "submitted.json"  # of a run directory
 # Before the time limit, of a run that has measured no step yet; at most a quarter of the limit.
 FIRST_LEAD_SECONDS = 120
 # What ends a run besides a step and a save: launchers, and Slurm's own steps.
@@ -142,14 +141,14 @@ def submit(text: JobText, run_directory: Path) -> str:
         said = _call("sbatch", "--parsable", *text.beside, path, environment=environment)
     job_id, _, cluster = said.strip().splitlines()[-1].partition(";")
     record = {"job_id": job_id, "cluster": cluster or None, "unix_seconds": time.time()}
-    write_json(run_directory / RECORD_FILE, record)
+    write_json(run_directory / SUBMITTED_FILE, record)
     return job_id
 
 
 def submitted_job(run_directory: Path) -> tuple[str, QueuedJob | None] | None:
     """(number, what Slurm knows of it) of the job that was submitted last for this run; None when none was."""
     try:
-        record = json.loads((run_directory / RECORD_FILE).read_text(encoding="utf-8"))
+        record = json.loads((run_directory / SUBMITTED_FILE).read_text(encoding="utf-8"))
         job_id, cluster = str(record["job_id"]), record["cluster"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -14,7 +14,7 @@ from launch.errors import ConfigError
 
 RUNS = Path("runs")  # where recipes put them, unless run.output_dir says something else
 # One of these stands in every directory that a command of ours has begun to fill.
-_MARKS = {"status.json", "recipe.yaml", "metrics.jsonl", "environment.json", "data", "submitted.json", lock.NAME}
+_MARKS = {"status.json", "recipe.yaml", "metrics.jsonl", "environment.json", "data", runs.SUBMITTED_FILE, lock.NAME}
 _RECENT_RECORDS = 6  # of training, whose mean is the speed
 _SQUEUE_SECONDS = 5.0
 
@@ -125,7 +125,7 @@ def _read_run(directory: Path) -> RunStatus:
         return RunStatus(str(directory), "unknown", faults=(f"it cannot be read: {error.strerror or error}",))
     now = time.time()
     environment, fault_of_environment = _read_object(directory / "environment.json")
-    submitted, fault_of_submitted = _read_object(directory / "submitted.json")
+    submitted, fault_of_submitted = _read_object(directory / runs.SUBMITTED_FILE)
     starts = [start for start in (*_listed(environment.get("earlier")), environment) if isinstance(start, dict)]
     state, reason = _state(directory, status, sight, is_damaged=bool(fault))
     state_seconds = _since(now, status.get("unix_seconds"))
@@ -140,7 +140,7 @@ def _read_run(directory: Path) -> RunStatus:
         num_lost_steps=sum(_whole(start.get("lost_steps")) or 0 for start in starts),
         num_restarts_in_vain=_whole(status.get("restarts_in_vain")) or 0,
         slurm_job_id=_slurm_job_of(status, sight, submitted),
-        log=str(log) if (log := directory / "logs" / "job.log").is_file() else None,
+        log=str(log) if (log := directory / runs.JOB_LOG).is_file() else None,
         has_recipe=(directory / "recipe.yaml").is_file(),
         has_merged=(directory / "merged").is_dir(),
         faults=tuple(filter(None, (fault, fault_of_environment, fault_of_submitted))),

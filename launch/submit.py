@@ -55,17 +55,17 @@ def submit(
         return
     keep_private(group_readable=recipe.run.group_readable)
     with runs.open_run(directory):  # refused when it is another's; the job itself takes it when it starts
-        (directory / slurm.LOG_FILE).parent.mkdir(exist_ok=True)
-        runs.write_text(directory / slurm.JOB_FILE, rendered)
+        (directory / runs.JOB_LOG).parent.mkdir(exist_ok=True)
+        runs.write_text(directory / runs.JOB_FILE, rendered)
     job_id = slurm.submit(text, directory)
     run = shlex.quote(str(directory))
     rows = [
-        ("job", f"{job_id}, from {directory / slurm.JOB_FILE}"),
+        ("job", f"{job_id}, from {directory / runs.JOB_FILE}"),
         ("asked to stop", f"{text.lead_seconds} s before its time limit ({why})"),
     ]
     print(f"{format_table(rows)}\n")
     for what, command in (
-        ("watch", f"tail -F {shlex.quote(str(directory / slurm.LOG_FILE))}"),
+        ("watch", f"tail -F {shlex.quote(str(directory / runs.JOB_LOG))}"),
         ("status", f"python -m launch status {run}"),
         ("cancel", f"scancel {job_id}"),
         ("continue", "the same command again"),
@@ -92,7 +92,7 @@ def _job_text(
         python=sys.executable,
         rank_python=str(rank_python.absolute()),
         checkout=str(Path.cwd()),
-        log=str((recipe.run_directory / slurm.LOG_FILE).absolute()),
+        log=str((recipe.run_directory / runs.JOB_LOG).absolute()),
         config_file=str(config_file),
         arguments=(*paths, *(name for name in given if is_override(name))),
         options=options,
