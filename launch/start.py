@@ -17,6 +17,7 @@ from launch.data import prepare
 from launch.data_report import outcomes_line
 from launch.errors import DataError
 from launch.fingerprint import fingerprints, versions
+from launch.merge_output import check_replaceable
 from launch.merge_plan import plan_merge
 from launch.model import (
     DTYPES,
@@ -37,6 +38,8 @@ from launch.vocabulary import check_added_are_trained, fit_vocabulary
 def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[str, Any]:
     """Rank zero's part before the others need anything: the base on disk, the samples, the checkpoint to resume."""
     directory, given = recipe.run_directory, recipe
+    if recipe.merges:
+        check_replaceable((directory / "merged").resolve())  # not hours later
     checkpoint = checkpoints.find_resumable(directory, say=print)
     stopwatch.end("resume")
     identity = checkpoint.state["identity"] if checkpoint else None

@@ -173,7 +173,7 @@ def a_directory_of_mine(path: Path) -> None:
         (a_file, "out is a file, and the merged model a directory; give another --output."),
         (a_link_to_nowhere, "out is a link to nowhere; remove it, or give another --output."),
         (a_loop, "out is a link to nowhere; remove it, or give another --output."),
-        (a_directory_of_mine, "out is there and is no merge, so that it is not replaced; give another --output."),
+        (a_directory_of_mine, "out is there and is no merge, so that it is not replaced; move it elsewhere, or merge"),
     ],
 )
 def test_what_is_no_merge_is_not_replaced(
