@@ -214,7 +214,7 @@ def watch(recipe: Recipe) -> Watchdog:
     return Watchdog(
         recipe.run.hang_seconds,
         recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
-        lambda reason: runs.leave_failed(recipe.run_directory, reason),
+        lambda reason: runs.leave_hung(recipe.run_directory, reason),
     )
 
 

@@ -126,6 +126,7 @@ class Ending:
     max_requeues: int
     seconds_left: float  # of the time limit
     num_in_vain: int  # restarts in a row that saved nothing newer; those that were preempted are no fault of the job
+    has_hung: bool = False  # a rank ended itself: a peer, or what is between them, did not answer
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def decide(ending: Ending) -> Decision:
     if job is not None and job.state not in _GOING and not is_over_time:
         return Decision(False, f"the job was cancelled ({job.state}); the same command continues", 1)
     is_asked_to_go = job is not None and job.is_preempted
-    has_failed = state == "failed" and not (is_asked_to_go or is_over_time)  # else, likely, a peer was killed first
+    # Else a peer did not answer, or was killed first.
+    has_failed = state == "failed" and not (is_asked_to_go or is_over_time or ending.has_hung)
     if has_failed or state in ("refused", "no progress"):
         return Decision(False, f"{state}: {reason}", 2 if state == "refused" else 1)
     if state is None and not is_asked_to_go:
@@ -187,6 +189,7 @@ def end(exit_code: int, started_unix_seconds: float, arguments: Sequence[str]) -
         recipe.run.max_requeues if recipe else 0,
         float(os.environ.get("SLURM_JOB_END_TIME", "inf")) - time.time(),
         _num_in_vain(directory),
+        has_hung=is_of_this_start and bool(status.get("has_hung")),
     )
     decision = decide(ending)
     if not decision.requeues:

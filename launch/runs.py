@@ -131,16 +131,16 @@ def this_job(environment: Mapping[str, str] = os.environ) -> str:
     return " ".join([address, environment.get("MASTER_PORT", ""), *slurm]).strip()
 
 
-def write_failure(directory: Path, reason: str) -> None:
+def write_failure(directory: Path, reason: str, **facts: Any) -> None:
     """The first rank of this job to end tells the cause: the others only lose their peer."""
     status = read_status(directory)
     if status.get("state") in ("starting", "running") and status.get("job") == this_job():
-        write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}")
+        write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}", **facts)
 
 
-def leave_failed(directory: Path, reason: str) -> None:
-    """`write_failure` of a process that ends at once, and its lock, if it has one."""
-    write_failure(directory, reason)
+def leave_hung(directory: Path, reason: str) -> None:
+    """`write_failure` of a process that ends since it hangs, which another start may not; and its lock, if any."""
+    write_failure(directory, reason, has_hung=True)
     lock.release()
 
 

@@ -419,6 +419,16 @@ def test_a_start_that_finds_its_run_finished_ends_well(
     assert calls(cluster, "scontrol") == []
 
 
+def test_a_run_that_hung_is_requeued(in_a_job: Path, cluster: Path) -> None:
+    directory = in_a_job / "runs" / "recipe"
+    directory.mkdir(parents=True)
+    runs.begin(directory, 0, "recipe")
+    runs.leave_hung(directory, "no progress for 900 s")
+    assert batch_step.end(1, 0, [str(ROOT / "configs/recipes/tiny.yaml"), "run.name=recipe"]) == 0
+    (record,) = batch_step.read_requeues(directory)
+    assert record["reason"] == "rank 0: no progress for 900 s"
+
+
 def test_words_that_are_no_utf8_keep_no_job_from_starting(in_a_job: Path) -> None:
     directory = in_a_job / "runs" / "recipe"
     (directory / "checkpoints" / "step-000042").mkdir(parents=True)
