@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
             preflight.remove_stale_build_locks(print)
         with runs.open_run(directory) if is_rank_zero else nullcontext():
             if is_rank_zero:
-                newest = checkpoints.newest_step(directory)
+                newest = runs.newest_step(directory)
                 runs.begin(directory, newest, dump_recipe(recipe))
                 kept = f"step {newest} is saved" if newest else "there was nothing to save yet"
                 word = f"asked to stop before the first step; {kept}"
@@ -214,7 +214,7 @@ def watch(recipe: Recipe) -> Watchdog:
     return Watchdog(
         recipe.run.hang_seconds,
         recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
-        lambda reason: runs.leave_failed(recipe.run_directory, reason),
+        lambda reason: runs.leave_hung(recipe.run_directory, reason),
     )
 
 

@@ -272,6 +272,7 @@ def _check(recipe: Recipe) -> None:
     from launch.starting_adapter import fingerprint_starting_adapter
 
     preflight.check(recipe)
+    recipe = preflight.as_prepared(recipe)
     transformers.logging.set_verbosity_error()  # remote code gives it much to remark on
     is_tiny = recipe.model.name_or_path == TINY_MODEL_NAME
     check_adapter_fits(TINY_MODEL_NAME if is_tiny else resolve_base(recipe), recipe)

@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import runs
 from launch.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -223,7 +222,7 @@ def _check_run(run: Path, model: ModelBlock) -> None:
             "launch chat is for models of transformers, which have a generate(); fill the module of the run's "
             f"model.factory from {run / 'merged' / 'model.pth'} and call it."
         )
-    has_any = (run / "merged").is_dir() or (run / "adapter").is_dir() or checkpoints.newest_step(run)
+    has_any = (run / "merged").is_dir() or (run / "adapter").is_dir() or runs.newest_step(run)
     if not has_any:
         state = runs.read_status(run).get("state", "not started")
         raise ModelError(f"The run in {run} has saved no adapter yet (it is {state}); run train.py until it has.")
@@ -249,6 +248,8 @@ def _base_and_adapter(
         settings = settings.model_copy(update={"name_or_path": base, "revision": None})
     elif source.recipe is not None:
         name = resolve_base(source.recipe)
+    else:
+        settings = settings.model_copy(update={"revision": config.get("revision")})
     if settings.name_or_path != TINY_MODEL_NAME:
         key = "--base" if base else f"The base of {source.adapter} (--base is another)"
         directory, commit = fetch(key, name, ("config.json", "tokenizer_config.json"), settings.revision, ModelError)

@@ -5,6 +5,7 @@ It imports no torch, for it runs while the ranks of the next start, or another's
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from typing import Any
 
 from launch import runs, slurm
 from launch.config import intended_run_directory, parse_command_line
-from launch.errors import ConfigError, LaunchError, PreflightError, SlurmError
+from launch.errors import ConfigError, PreflightError, SlurmError
 from launch.modes import keep_private
 from launch.recipe import Recipe
 
@@ -40,7 +41,7 @@ def start(arguments: Sequence[str]) -> int:
     """Say which start this is, why there is another, and from which step it goes on."""
     directory = intended_run_directory(arguments)
     job, number, nodes = _job_id(), _num_restarts(), os.environ["SLURM_JOB_NODELIST"]
-    step = newest_step(directory)
+    step = runs.newest_step(directory)
     if number == 0:
         goes_on = f", going on after step {step}, which an earlier job left: {_last_word(directory)}" if step else ""
         print(f"── job {job} on {nodes}{goes_on}", flush=True)
@@ -126,6 +127,7 @@ class Ending:
     max_requeues: int
     seconds_left: float  # of the time limit
     num_in_vain: int  # restarts in a row that saved nothing newer; those that were preempted are no fault of the job
+    has_hung: bool = False  # a rank ended itself: a peer, or what is between them, did not answer
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,9 @@ def decide(ending: Ending) -> Decision:
     if job is not None and job.state not in _GOING and not is_over_time:
         return Decision(False, f"the job was cancelled ({job.state}); the same command continues", 1)
     is_asked_to_go = job is not None and job.is_preempted
-    if state in ("refused", "no progress") or (state == "failed" and not is_asked_to_go):
+    # Else a peer did not answer, or was killed first.
+    has_failed = state == "failed" and not (is_asked_to_go or is_over_time or ending.has_hung)
+    if has_failed or state in ("refused", "no progress"):
         return Decision(False, f"{state}: {reason}", 2 if state == "refused" else 1)
     if state is None and not is_asked_to_go:
         return Decision(False, "it ended before the run began; what was printed above says why", 1)
@@ -174,7 +178,9 @@ def end(exit_code: int, started_unix_seconds: float, arguments: Sequence[str]) -
         signal.signal(number, signal.SIG_IGN)  # the requeue itself brings one
     directory = intended_run_directory(arguments)
     status = runs.read_status(directory)
-    is_of_this_start = status.get("unix_seconds", 0) >= started_unix_seconds  # by the clock of this very node
+    # By the clock of this very node. A run that was finished before says so, and writes nothing.
+    is_finished = exit_code == 0 and status.get("state") == "finished"
+    is_of_this_start = is_finished or status.get("unix_seconds", 0) >= started_unix_seconds
     job, recipe = _ask_slurm(), _recipe(arguments)
     ending = Ending(
         status["state"] if is_of_this_start else None,
@@ -184,23 +190,36 @@ def end(exit_code: int, started_unix_seconds: float, arguments: Sequence[str]) -
         recipe.run.max_requeues if recipe else 0,
         job.seconds_left if job else math.inf,
         _num_in_vain(directory),
+        has_hung=is_of_this_start and bool(status.get("has_hung")),
     )
     decision = decide(ending)
     if not decision.requeues:
         print(f"── job {_job_id()} ended: {decision.reason} (srun: exit code {exit_code})", flush=True)
         return decision.exit_code
-    try:
-        slurm.requeue(_job_id())
-    except LaunchError as error:
-        again = _ask_slurm()
-        if again is not None and again.num_restarts > _num_restarts():  # at the same moment
-            return 0
-        print(f"── job {_job_id()} ended: {decision.reason}; and no requeue: {error}", flush=True)
+    if fault := _requeue():
+        print(f"── job {_job_id()} ended: {decision.reason}; and no requeue: {fault}", flush=True)
         return 1
     is_preempted = job is not None and job.is_preempted
     _append(directory, _record(directory, _num_restarts() + 1, decision.reason, "the job", is_preempted=is_preempted))
     print(f"── job {_job_id()} is requeued: {decision.reason}", flush=True)
     return 0
+
+
+def _requeue() -> str:
+    """Why the job could not be put back into the queue; empty when it is there, through whomever."""
+    fault = ""
+    for _ in range(_ANSWERS):
+        try:
+            slurm.requeue(_job_id())
+            return ""
+        except PreflightError as error:  # a node without Slurm's commands
+            return str(error)
+        except SlurmError as error:
+            fault = str(error)
+        again = _ask_slurm()  # which waits for a controller that does not answer
+        if again is not None and again.num_restarts > _num_restarts():  # by Slurm at the same moment, or by a lost call
+            return ""
+    return fault
 
 
 # ---- what they share ----
@@ -219,12 +238,6 @@ def read_requeues(directory: Path) -> list[dict[str, Any]]:
     return [record for record in found if isinstance(record, dict) and {"job", "restart", "reason"} <= record.keys()]
 
 
-def newest_step(directory: Path) -> int:
-    """Of the checkpoints, by their names; 0 for none."""
-    names = [path.name.removeprefix("step-") for path in directory.glob("checkpoints/step-*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
-
-
 def _record(directory: Path, restart: int, reason: str, by: str, *, is_preempted: bool) -> dict[str, Any]:
     """`restart` is the number of the start that follows."""
     return {
@@ -233,7 +246,7 @@ def _record(directory: Path, restart: int, reason: str, by: str, *, is_preempted
         "reason": reason,
         "by": by,
         "is_preempted": is_preempted,
-        "step": newest_step(directory),
+        "step": runs.newest_step(directory),
         "unix_seconds": time.time(),
     }
 
@@ -241,12 +254,12 @@ def _record(directory: Path, restart: int, reason: str, by: str, *, is_preempted
 def _append(directory: Path, record: Mapping[str, Any]) -> None:
     """One line of requeues.jsonl; a disk that is full is no reason to end a run."""
     with contextlib.suppress(OSError), (directory / REQUEUES_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write(json.dumps(record) + "\n")
 
 
 def _num_in_vain(directory: Path) -> int:
     """The restarts of this job, the latest ones, that saved nothing newer, but for those that were preempted."""
-    count, step = 0, newest_step(directory)
+    count, step = 0, runs.newest_step(directory)
     for record in reversed(read_requeues(directory)):
         if record["job"] != _job_id() or record.get("step") != step or record.get("is_preempted"):
             break
@@ -321,6 +334,9 @@ def _node_of(line: str) -> dict[str, Any] | None:
 
 def main(arguments: Sequence[str]) -> int:
     """`start ARGUMENT...`, `facts`, `compare PROCESSES ARGUMENT...`, `end CODE STARTED ARGUMENT...` of train.py."""
+    for stream in (sys.stdout, sys.stderr):  # a reason may hold a file's name that is no UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     recipe = _recipe(arguments[{"compare": 2, "end": 3}.get(arguments[0], 1) :]) if arguments else None
     keep_private(group_readable=recipe is not None and recipe.run.group_readable)
     match arguments:

@@ -265,12 +265,6 @@ def restore(checkpoint: Resumable, engine: engines.Engine) -> None:
     engines.restore_scaler(engine, checkpoint.state["scaler"])
 
 
-def newest_step(run_directory: Path) -> int:
-    """The step of the newest checkpoint, by its name alone; 0 for none."""
-    published = published_checkpoints(run_directory)
-    return published[-1][0] if published else 0
-
-
 def identity_of_file(path: Path) -> Identity:
     """Its size and SHA-256."""
     with path.open("rb") as file:

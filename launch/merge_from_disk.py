@@ -38,7 +38,7 @@ from launch.parity import Unmerged, check_logits
 from launch.preflight import with_revision
 from launch.recipe import SHARD_BYTES, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
-from launch.runs import DELETING, SAVING
+from launch.runs import DELETING, SAVING, newest_step, read_json
 from launch.saved_embeddings import is_saved_twice, keys_of_base, resize_as_saved, whole_embedding
 from launch.shards import Stored, read_model, read_safetensors
 from launch.vocabulary import add_rows, own_rows, row_names, set_token_ids, with_mean
@@ -61,16 +61,22 @@ class Source:
 
 def find_source(path: Path) -> Source:
     """A run, one of its checkpoints, or a directory that PEFT wrote. Raises MergeError for anything else."""
+    path = path.absolute()  # of ".", nobody would know the run
     run = next((place for place in (path, path.parent) if (place / "recipe.yaml").is_file()), path.parent.parent)
     recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
     directory = path / "adapter" if path == run and (path / "adapter").is_dir() else path
     precision, stop_tokens, base_fingerprint = None, (), None
     if recipe is not None:
-        newest = checkpoints.newest_step(run)
+        newest = newest_step(run)
         if path == run and not (path / "adapter").is_dir() and newest:
             directory = checkpoints.path_of_step(run, newest)
         if newest:
-            state = json.loads((checkpoints.path_of_step(run, newest) / "state.json").read_text(encoding="utf-8"))
+            state = read_json(checkpoints.path_of_step(run, newest) / "state.json")
+            if "identity" not in state:
+                raise MergeError(
+                    f"{checkpoints.path_of_step(run, newest)} has no state.json that can be read, which says what the "
+                    "run was trained on; run train.py again, which sets a damaged checkpoint aside."
+                )
             precision, base_fingerprint = state["identity"]["precision"], state["identity"]["base"]
             recipe = with_revision(recipe, state["identity"]["recipe"]["model"]["revision"])  # that it began with
         if (run / "data_report.json").is_file():  # none: nothing was prepared, and there is no adapter either
@@ -108,7 +114,7 @@ def merge_from_disk(
     if max_shard_size_bytes is None:
         max_shard_size_bytes = SHARD_BYTES if source.recipe is None else source.recipe.run.max_shard_size_bytes
     peft_config = _peft_config(source.adapter)
-    name, settings = _base(source, base, str(peft_config.base_model_name_or_path), trust_remote_code)
+    name, settings = _base(source, base, peft_config, trust_remote_code)
     directory, commit = fetch_model("The base", name, settings.revision, MergeError)
     check_remote_code(settings, directory, commit, consent="give --trust-remote-code")
     target = place_of(target, base=directory, adapter=source.adapter)
@@ -138,7 +144,8 @@ def merge_from_disk(
     precision = None if source.precision is None else DTYPES[source.precision]
     parts, on_disk = _on_disk(parts, stored, of_base, skeleton.base_model_prefix, by_token, names, own, precision)
     for start in (SAVING, DELETING):
-        for path in target.parent.glob(f"{start}{glob.escape(target.name)}-*"):  # of a merge that was killed
+        # Of a merge that was killed; that into OUT-2 has another name.
+        for path in target.parent.glob(f"{start}{glob.escape(target.name)}-{'[0-9a-f]' * 8}"):
             shutil.rmtree(path, ignore_errors=True)
     store = None if source.run is None else source.run / "data"
     unmerged = Unmerged(str(directory), settings, precision or torch.float32, tokenizer, source.adapter, store)
@@ -205,11 +212,11 @@ def _peft_config(directory: Path) -> LoraConfig:
     return config
 
 
-def _base(source: Source, base: str | None, of_adapter: str, trust_remote_code: bool) -> tuple[str, ModelBlock]:
+def _base(source: Source, base: str | None, config: LoraConfig, trust_remote_code: bool) -> tuple[str, ModelBlock]:
     """(where the base is, how it is read): the one that is asked for, the run's, or that of the adapter's config."""
     if source.recipe is None:
-        name = base or of_adapter
-        return name, ModelBlock(name_or_path=name, trust_remote_code=trust_remote_code)
+        name, revision = (base, None) if base else (str(config.base_model_name_or_path), config.revision)
+        return name, ModelBlock(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)
     if source.recipe.model.factory is not None:
         raise MergeError(f"{source.adapter}: a model of a factory is merged at the end of its run only.")
     if source.recipe.model.load_in_4bit and getattr(source.recipe.adapter, "use_dora", False):

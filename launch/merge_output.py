@@ -50,10 +50,13 @@ def check_replaceable(place: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         written = set()
     if "merge_report.json" not in written:
-        raise MergeError(f"{place} is there and is no merge, so that it is not replaced; give another --output.")
+        raise MergeError(
+            f"{place} is there and is no merge, so that it is not replaced; move it elsewhere, or merge into another "
+            "directory."
+        )
     others = sorted(there - written)
     if others:
         raise MergeError(
             f"{place} is not replaced, since {others[0]} ({len(others)} such) was not written by the merge that is "
-            "there; move that elsewhere, or give another --output."
+            "there; move that elsewhere, or merge into another directory."
         )

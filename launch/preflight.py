@@ -78,6 +78,12 @@ def with_revision(recipe: Recipe, revision: str | None) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"revision": revision})})
 
 
+def as_prepared(recipe: Recipe) -> Recipe:
+    """The recipe with the commit of the base that its run is prepared for, unless it names one itself."""
+    prepared = runs.read_pinned_base(recipe.run_directory).get(recipe.model.name_or_path)
+    return with_revision(recipe, recipe.model.revision or prepared)
+
+
 def remove_stale_build_locks(say: Callable[[str], None]) -> None:
     """Remove what a process left that was killed while torch compiled an extension; others would wait for it for ever.
 

@@ -25,6 +25,7 @@ from launch import lock
 from launch.errors import NoProgressError, PreflightError
 from launch.modes import as_at_start
 
+JOB_FILE, JOB_LOG, SUBMITTED_FILE = "job.sbatch", "logs/job.log", "submitted.json"  # under Slurm
 SAVING, DELETING = ".saving-", ".deleting-"  # how the names of directories begin that are not whole
 _TEMPORARY_FILE = re.compile(r"\..+\.[0-9a-f]+\.tmp")  # of write_text
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
@@ -130,16 +131,16 @@ def this_job(environment: Mapping[str, str] = os.environ) -> str:
     return " ".join([address, environment.get("MASTER_PORT", ""), *slurm]).strip()
 
 
-def write_failure(directory: Path, reason: str) -> None:
+def write_failure(directory: Path, reason: str, **facts: Any) -> None:
     """The first rank of this job to end tells the cause: the others only lose their peer."""
     status = read_status(directory)
     if status.get("state") in ("starting", "running") and status.get("job") == this_job():
-        write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}")
+        write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}", **facts)
 
 
-def leave_failed(directory: Path, reason: str) -> None:
-    """`write_failure` of a process that ends at once, and its lock, if it has one."""
-    write_failure(directory, reason)
+def leave_hung(directory: Path, reason: str) -> None:
+    """`write_failure` of a process that ends since it hangs, which another start may not; and its lock, if any."""
+    write_failure(directory, reason, has_hung=True)
     lock.release()
 
 
@@ -211,6 +212,12 @@ def published_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted((int(match[1]), path) for path in paths if (match := _CHECKPOINT.fullmatch(path.name)))
+
+
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint, by its name alone; 0 for none."""
+    published = published_checkpoints(directory)
+    return published[-1][0] if published else 0
 
 
 def write_progress(directory: Path, step: int, total_steps: int) -> None:

@@ -99,8 +99,10 @@ class _HeldFile(io.FileIO):
 
 def _stored(file: _HeldFile, path: Path, name: str, entry: Mapping[str, Any], start: int) -> Stored:
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    begin = start + entry["data_offsets"][0]
+    begin, end = (start + offset for offset in entry["data_offsets"])
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
+    if end - begin != math.prod(shape) * dtype.itemsize:  # what follows would be read as well
+        raise ValueError(f"{name} has {end - begin:,} bytes, which are not those of its shape")
 
     def read(first: int, last: int) -> torch.Tensor:
         block = torch.empty(last - first, *shape[1:], dtype=dtype)

@@ -18,10 +18,9 @@ from launch.deadline import Deadline
 from launch.errors import ConfigError, PreflightError, SlurmError
 from launch.lock import ENDED_JOB_STATES
 from launch.modes import as_at_start
-from launch.runs import write_json
+from launch.runs import JOB_FILE, SUBMITTED_FILE, write_json
 from launch.slurm_options import OURS, OptionValue, directive, literal_path, overriding_variables, seconds_of
 
-JOB_FILE, LOG_FILE, RECORD_FILE = "job.sbatch", "logs/job.log", "submitted.json"  # of a run directory
 # Before the time limit, of a run that has measured no step yet; at most a quarter of the limit.
 FIRST_LEAD_SECONDS = 120
 # What ends a run besides a step and a save: launchers, and Slurm's own steps.
@@ -143,14 +142,14 @@ def submit(text: JobText, run_directory: Path) -> str:
         said = _call("sbatch", "--parsable", *text.beside, path, environment=environment)
     job_id, _, cluster = said.strip().splitlines()[-1].partition(";")
     record = {"job_id": job_id, "cluster": cluster or None, "unix_seconds": time.time()}
-    write_json(run_directory / RECORD_FILE, record)
+    write_json(run_directory / SUBMITTED_FILE, record)
     return job_id
 
 
 def submitted_job(run_directory: Path) -> tuple[str, QueuedJob | None] | None:
     """(number, what Slurm knows of it) of the job that was submitted last for this run; None when none was."""
     try:
-        record = json.loads((run_directory / RECORD_FILE).read_text(encoding="utf-8"))
+        record = json.loads((run_directory / SUBMITTED_FILE).read_text(encoding="utf-8"))
         job_id, cluster = str(record["job_id"]), record["cluster"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -159,7 +158,7 @@ def submitted_job(run_directory: Path) -> tuple[str, QueuedJob | None] | None:
 
 def queued_job(job_id: str, cluster: str | None = None) -> QueuedJob | None:
     """None when Slurm knows no such job any more. Raises SlurmError when it does not answer."""
-    fields = "State:30,Reason:60,RestartCnt:20,PreemptTime:30,TimeLeft:30"
+    fields = "State:30,RestartCnt:20,PreemptTime:30,TimeLeft:30,Reason:200"  # the last one may have blanks
     where = ["-M", cluster] if cluster else []
     try:
         said = _call("squeue", *where, "-h", "-t", "all", "-j", job_id, "-O", fields)
@@ -167,14 +166,14 @@ def queued_job(job_id: str, cluster: str | None = None) -> QueuedJob | None:
         if "Invalid job id specified" in str(error):
             return None
         raise
-    lines = [line.split() for line in said.splitlines() if not line.startswith("CLUSTER:")]
+    lines = [line.split(maxsplit=4) for line in said.splitlines() if not line.startswith("CLUSTER:")]
     found = [line for line in lines if len(line) == 5]
     if not found:
         return None
-    state, reason, restarts, preempted, time_left = found[0]
+    state, restarts, preempted, time_left, reason = found[0]
     seconds_left = 0.0 if time_left == "INVALID" else seconds_of(time_left)  # squeue's word for less than none
     left = math.inf if seconds_left is None else seconds_left  # UNLIMITED
-    return QueuedJob(state, reason, int(restarts), preempted not in ("N/A", "None"), left)
+    return QueuedJob(state, reason.strip(), int(restarts), preempted not in ("N/A", "None"), left)
 
 
 def requeue(job_id: str) -> None:

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from launch import checkpoint as checkpoints
 from launch import runs, same_run
-from launch.adapter import add_adapter, with_token_ids
+from launch.adapter import ADAPTER_NAME, add_adapter, with_token_ids
 from launch.config import dump_recipe
 from launch.data import prepare
 from launch.data_report import outcomes_line
 from launch.errors import DataError
 from launch.fingerprint import fingerprints, versions
+from launch.merge_output import check_replaceable
 from launch.merge_plan import plan_merge
 from launch.model import (
     DTYPES,
@@ -37,6 +38,8 @@ from launch.vocabulary import check_added_are_trained, fit_vocabulary
 def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[str, Any]:
     """Rank zero's part before the others need anything: the base on disk, the samples, the checkpoint to resume."""
     directory, given = recipe.run_directory, recipe
+    if recipe.merges:
+        check_replaceable((directory / "merged").resolve())  # not hours later
     checkpoint = checkpoints.find_resumable(directory, say=print)
     stopwatch.end("resume")
     identity = checkpoint.state["identity"] if checkpoint else None
@@ -97,6 +100,7 @@ def adapted_base(
     fit_vocabulary(base, tokenizer, added, recipe.model)
     adapter = with_token_ids(recipe.adapter, added)
     model = add_adapter(base, adapter, base=found["base"], seed=recipe.train.seed, dtype=DTYPES[precision])
+    model.peft_config[ADAPTER_NAME].revision = recipe.model.revision  # of the base, for whoever loads the adapter
     check_added_are_trained(model, tokenizer, added)
     start_from(recipe.adapter, found["identity"]["init_from_sha256"], model)
     if recipe.merges:

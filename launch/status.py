@@ -14,7 +14,7 @@ from launch.errors import ConfigError
 
 RUNS = Path("runs")  # where recipes put them, unless run.output_dir says something else
 # One of these stands in every directory that a command of ours has begun to fill.
-_MARKS = {"status.json", "recipe.yaml", "metrics.jsonl", "environment.json", "data", "submitted.json", lock.NAME}
+_MARKS = {"status.json", "recipe.yaml", "metrics.jsonl", "environment.json", "data", runs.SUBMITTED_FILE, lock.NAME}
 _RECENT_RECORDS = 6  # of training, whose mean is the speed
 _SQUEUE_SECONDS = 5.0
 
@@ -125,7 +125,7 @@ def _read_run(directory: Path) -> RunStatus:
         return RunStatus(str(directory), "unknown", faults=(f"it cannot be read: {error.strerror or error}",))
     now = time.time()
     environment, fault_of_environment = _read_object(directory / "environment.json")
-    submitted, fault_of_submitted = _read_object(directory / "submitted.json")
+    submitted, fault_of_submitted = _read_object(directory / runs.SUBMITTED_FILE)
     starts = [start for start in (*_listed(environment.get("earlier")), environment) if isinstance(start, dict)]
     state, reason = _state(directory, status, sight, is_damaged=bool(fault))
     state_seconds = _since(now, status.get("unix_seconds"))
@@ -140,7 +140,7 @@ def _read_run(directory: Path) -> RunStatus:
         num_lost_steps=sum(_whole(start.get("lost_steps")) or 0 for start in starts),
         num_restarts_in_vain=_whole(status.get("restarts_in_vain")) or 0,
         slurm_job_id=_slurm_job_of(status, sight, submitted),
-        log=str(log) if (log := directory / "logs" / "job.log").is_file() else None,
+        log=str(log) if (log := directory / runs.JOB_LOG).is_file() else None,
         has_recipe=(directory / "recipe.yaml").is_file(),
         has_merged=(directory / "merged").is_dir(),
         faults=tuple(filter(None, (fault, fault_of_environment, fault_of_submitted))),
@@ -252,8 +252,9 @@ def _slurm_job_of(status: Mapping[str, Any], sight: lock.Sight | None, submitted
     """Of the owner; of a run that waits in the queue, which has none, that which was submitted or started last."""
     if sight is not None and sight.owner is not None and sight.owner.slurm_job_id:
         return sight.owner.slurm_job_id
-    parts = str(status.get("job", "")).split(" ")  # runs.this_job: address, port, and under Slurm job and restarts
-    started = parts[2] if len(parts) == 4 and parts[2].isalnum() else None
+    # runs.this_job: address, port, and under Slurm the job and, but for its first start, its restarts
+    parts = str(status.get("job", "")).split(" ")
+    started = parts[2] if len(parts) in (3, 4) and parts[2].isalnum() else None
     job_id = str(submitted.get("job_id", ""))
     is_later = (_number(submitted.get("unix_seconds")) or 0) > (_number(status.get("unix_seconds")) or 0)
     return job_id if job_id.isalnum() and (is_later or started is None) else started

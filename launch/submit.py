@@ -55,17 +55,17 @@ def submit(
         return
     keep_private(group_readable=recipe.run.group_readable)
     with runs.open_run(directory):  # refused when it is another's; the job itself takes it when it starts
-        (directory / slurm.LOG_FILE).parent.mkdir(exist_ok=True)
-        runs.write_text(directory / slurm.JOB_FILE, rendered)
+        (directory / runs.JOB_LOG).parent.mkdir(exist_ok=True)
+        runs.write_text(directory / runs.JOB_FILE, rendered)
     job_id = slurm.submit(text, directory)
     run = shlex.quote(str(directory))
     rows = [
-        ("job", f"{job_id}, from {directory / slurm.JOB_FILE}"),
+        ("job", f"{job_id}, from {directory / runs.JOB_FILE}"),
         ("asked to stop", f"{text.lead_seconds} s before its time limit ({why})"),
     ]
     print(f"{format_table(rows)}\n")
     for what, command in (
-        ("watch", f"tail -F {shlex.quote(str(directory / slurm.LOG_FILE))}"),
+        ("watch", f"tail -F {shlex.quote(str(directory / runs.JOB_LOG))}"),
         ("status", f"python -m launch status {run}"),
         ("cancel", f"scancel {job_id}"),
         ("continue", "the same command again"),
@@ -92,7 +92,7 @@ def _job_text(
         python=sys.executable,
         rank_python=str(rank_python.absolute()),
         checkout=str(Path.cwd()),
-        log=str((recipe.run_directory / slurm.LOG_FILE).absolute()),
+        log=str((recipe.run_directory / runs.JOB_LOG).absolute()),
         config_file=str(config_file),
         arguments=(*paths, *(name for name in given if is_override(name))),
         options=options,
@@ -119,6 +119,7 @@ def _check_queue(directory: Path) -> None:
 def _check_recipe(recipe: Recipe) -> None:
     """The base's config, the adapter's targets, the template, and the first rows of every source."""
     preflight.check(recipe)
+    recipe = preflight.as_prepared(recipe)
     is_tiny = recipe.model.name_or_path == TINY_MODEL_NAME
     check_adapter_fits(TINY_MODEL_NAME if is_tiny else resolve_base(recipe), recipe)
     fingerprint_starting_adapter(recipe.adapter)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import train
+from launch import runs
 from launch.merge_from_disk import find_source, merge_from_disk
 from launch.merge_rule import add_lora
 
@@ -150,6 +151,18 @@ def test_one_rounding_rule() -> None:
 
 
 @pytest.mark.slow
+def test_what_the_merge_would_not_replace_is_refused_before_the_first_step(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = world.recipe("mine", run={"merge": True})
+    mine = world.run_directory("mine") / "merged" / "model.gguf"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    assert run_ranks(1, train.main, [str(recipe)]) == [1]
+    assert "merged is there and is no merge, so that it is not replaced" in capfd.readouterr().err
+    assert mine.exists() and runs.read_status(world.run_directory("mine"))["state"] == "refused"
+
+
 def test_overflow_is_refused_and_leaves_nothing(any_world: World, capfd: pytest.CaptureFixture[str]) -> None:
     """A weight that float16 cannot hold: one sentence, no directory, and the same command with bfloat16 merges."""
     base = AutoModelForCausalLM.from_pretrained(any_world.base, dtype=torch.float32)

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import World, build_tokenizer, killed_before, launch, run_ranks
+from conftest import ROOT, World, build_tokenizer, killed_before, launch, run_ranks
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_cli import python_m_launch
@@ -289,6 +289,21 @@ def test_the_base_that_is_asked_for_is_the_one(tmp_path: Path, world: World) -> 
     (world.base / "model.safetensors").write_bytes(before)
 
 
+def test_a_checkpoint_is_that_of_its_run_wherever_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, *CASES["lora"])
+    checkpoint = path_of_step(tmp_path / "run", 2)
+    shutil.copytree(tmp_path / "adapter", checkpoint)
+    shutil.copy(ROOT / "configs" / "recipes" / "tiny.yaml", tmp_path / "run" / "recipe.yaml")
+    identity = {"precision": "bf16", "base": "sha256 1", "recipe": {"model": {"revision": None}}}
+    (checkpoint / "state.json").write_text(json.dumps({"identity": identity}), encoding="utf-8")
+    monkeypatch.chdir(checkpoint)
+    found = find_source(Path())
+    assert (found.run, found.precision, found.base_fingerprint) == (tmp_path / "run", "bf16", "sha256 1")
+    (checkpoint / "state.json").write_text("{", encoding="utf-8")
+    with pytest.raises(MergeError, match=r"step-000002 has no state\.json that can be read"):
+        find_source(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("there", "fetched"),
     [
@@ -367,6 +382,16 @@ def a_truncated_shard(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def a_wrong_header(directory: Path) -> None:
+    path = directory / "adapter" / "adapter_model.safetensors"
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    next(entry for name, entry in header.items() if name != "__metadata__")["shape"][0] += 1
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
 def a_shard_elsewhere(directory: Path) -> None:
     path = directory / "base" / "model.safetensors.index.json"
     index = json.loads(path.read_text(encoding="utf-8"))
@@ -389,6 +414,7 @@ FAULTS: dict[Callable[[Path], None], str] = {
     an_overflow: r"layers\.1\.mlp\.up_proj\.weight is not finite in float16; set",
     a_wrong_base: r"has the shape \[.*\], and the base wants \[.*\]; is this the base",
     a_truncated_shard: r"model-00002-of-\d+\.safetensors is no whole safetensors file: it has .* bytes",
+    a_wrong_header: r"adapter_model\.safetensors is no whole safetensors file: .* has .* bytes, which are not those of",
     a_shard_elsewhere: r"names '\.\./secret\.safetensors', which is not beside it",
     a_missing_shard: r"model-00002-of-\d+\.safetensors is no whole safetensors file",
     pissa: r"began as pissa, which changes the base as well",

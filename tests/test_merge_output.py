@@ -19,7 +19,7 @@ from launch.merge_from_disk import find_source, merge_from_disk
 
 NOBODY = 65534
 READ_ONLY, REMOUNT, DETACH = 1, 32, 2  # MS_RDONLY, MS_REMOUNT, MNT_DETACH
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, LATER = "0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "fedcba98"
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -131,6 +131,22 @@ def test_a_base_in_the_cache_of_the_hub_that_cannot_be_written(
     assert json.loads(ours["merge_report.json"])["base_fingerprint"] == f"commit {COMMIT}"
 
 
+def test_the_base_has_the_commit_that_the_adapter_names(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the hub's main is by now."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "cache" / "models--owner--tiny"
+    shutil.copytree(made / "base", repository / "snapshots" / COMMIT)
+    (repository / "snapshots" / LATER).mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(LATER, encoding="utf-8")
+    shutil.copytree(made / "adapter", tmp_path / "adapter")
+    change_config(tmp_path, base_model_name_or_path="owner/tiny", revision=COMMIT)
+    assert merge(tmp_path, tmp_path / "merged")
+
+
 # ---- where it goes ----
 
 
@@ -157,7 +173,7 @@ def a_directory_of_mine(path: Path) -> None:
         (a_file, "out is a file, and the merged model a directory; give another --output."),
         (a_link_to_nowhere, "out is a link to nowhere; remove it, or give another --output."),
         (a_loop, "out is a link to nowhere; remove it, or give another --output."),
-        (a_directory_of_mine, "out is there and is no merge, so that it is not replaced; give another --output."),
+        (a_directory_of_mine, "out is there and is no merge, so that it is not replaced; move it elsewhere, or merge"),
     ],
 )
 def test_what_is_no_merge_is_not_replaced(
@@ -181,6 +197,14 @@ def test_what_stands_beside_a_merge_is_not_deleted_with_it(made: Path, tmp_path:
     (output / "mine.gguf").unlink()
     assert "out is there and is a merge whose files have changed; give another --outp" in refused(made, output)
     assert merge(made, output, overwrite=True) and model_files(output) == whole
+
+
+def test_what_is_being_merged_into_a_place_of_nearly_the_same_name_is_left_alone(made: Path, tmp_path: Path) -> None:
+    left, other = tmp_path / ".saving-model-0123abcd", tmp_path / ".saving-model-2-0123abcd"
+    left.mkdir()
+    other.mkdir()
+    merge(made, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "model"]
 
 
 def test_an_empty_directory_and_a_link_to_one_on_another_disk(made: Path, tmp_path: Path) -> None:

@@ -102,8 +102,12 @@ def test_a_later_commit_is_none_of_a_prepared_run(world: World, cache: Path) -> 
     (cache / "refs" / "main").write_text(LATER, encoding="utf-8")
     (cache / "snapshots" / LATER).mkdir()
     assert f"{NAME} at {COMMIT}" in python_m_launch("prepare", recipe)[1]
+    assert python_m_launch("check", recipe)[2] == ""
+    assert python_m_launch("submit", recipe, "--dry-run")[2] == ""
     assert run_ranks(1, without_network, recipe) == [0]
     assert base_of(world, "later") == f"commit {COMMIT}"
+    adapter = world.run_directory("later") / "adapter" / "adapter_config.json"
+    assert json.loads(adapter.read_text(encoding="utf-8"))["revision"] == COMMIT, "for who loads it"
 
 
 def test_which_commit_a_run_has(cache: Path) -> None:

@@ -76,7 +76,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (here / name).write_text(FAKE.format(python=sys.executable, here=str(here), kept=KEPT), encoding="utf-8")
         (here / name).chmod(0o755)
     (here / "node").write_text("NodeName=n1 Arch=x86_64\n   NodeAddr=10.0.0.1 NodeHostName=n1 Version=22.05\n")
-    (here / "queue").write_text("RUNNING None 0 N/A UNLIMITED")
+    (here / "queue").write_text("RUNNING 0 N/A UNLIMITED None")
     (here / "gpus").write_text('["4", "4"]')
     monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
     return here
@@ -406,6 +406,41 @@ def test_what_cannot_go_on_is_not_requeued(in_a_job: Path, cluster: Path, state:
     assert calls(cluster, "scontrol") == []
 
 
+@pytest.mark.parametrize(("exit_code", "code"), [(0, 0), (1, 1)])
+def test_a_start_that_finds_its_run_finished_ends_well(
+    in_a_job: Path, cluster: Path, exit_code: int, code: int
+) -> None:
+    """Slurm may have requeued the job for a node that failed after the last word; nothing is written then."""
+    directory = in_a_job / "runs" / "recipe"
+    directory.mkdir(parents=True)
+    runs.write_status(directory, "finished", "every step is done")
+    started = runs.read_status(directory)["unix_seconds"] + 1
+    assert batch_step.end(exit_code, started, [str(ROOT / "configs/recipes/tiny.yaml"), "run.name=recipe"]) == code
+    assert calls(cluster, "scontrol") == []
+
+
+def test_a_run_that_hung_is_requeued(in_a_job: Path, cluster: Path) -> None:
+    directory = in_a_job / "runs" / "recipe"
+    directory.mkdir(parents=True)
+    runs.begin(directory, 0, "recipe")
+    runs.leave_hung(directory, "no progress for 900 s")
+    assert batch_step.end(1, 0, [str(ROOT / "configs/recipes/tiny.yaml"), "run.name=recipe"]) == 0
+    (record,) = batch_step.read_requeues(directory)
+    assert record["reason"] == "rank 0: no progress for 900 s"
+
+
+def test_words_that_are_no_utf8_keep_no_job_from_starting(in_a_job: Path) -> None:
+    directory = in_a_job / "runs" / "recipe"
+    (directory / "checkpoints" / "step-000042").mkdir(parents=True)
+    runs.write_status(directory, "failed", os.fsdecode(b"rows-\xff.jsonl cannot be read"))
+    command = [sys.executable, "-m", "launch.batch_step", "start", "recipe.yaml"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict", "SLURM_RESTART_COUNT": "1"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("failed, rows-\\udcff.jsonl cannot be read; going on after step 42\n")
+    assert len(batch_step.read_requeues(directory)) == 1
+
+
 def test_a_task_of_an_array_requeues_itself_alone(
     in_a_job: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,6 +465,16 @@ def test_a_requeue_that_slurm_refuses_is_said(
     assert batch_step.end(1, 0, [str(ROOT / "configs/recipes/tiny.yaml"), "run.name=recipe"]) == 1
     assert "and no requeue: scontrol says: Requested operation is presently disabled." in capsys.readouterr().out
     assert batch_step.read_requeues(directory) == []
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(in_a_job: Path, cluster: Path) -> None:
+    busy = "echo 'Unable to contact slurm controller (connect failure)' >&2; exit 1"
+    (cluster / "scontrol").write_text(f'#!/bin/sh\nif mkdir "$0.asked" 2> /dev/null; then {busy}; fi\n')
+    directory = in_a_job / "runs" / "recipe"
+    directory.mkdir(parents=True)
+    runs.write_status(directory, "preempted", "asked to stop")
+    assert batch_step.end(1, 0, [str(ROOT / "configs/recipes/tiny.yaml"), "run.name=recipe"]) == 0
+    assert len(batch_step.read_requeues(directory)) == 1
 
 
 RUNNING = QueuedJob("RUNNING", "None", 0, is_preempted=False)
@@ -459,7 +504,7 @@ TIME_IS_UP = QueuedJob("COMPLETING", "TimeLimit", 0, is_preempted=False)
         ("failed", RUNNING, False, 1),
         ("failed", ASKED_TO_GO, True, 0),  # a peer was gone first
         ("failed", CANCELLED, False, 1),
-        ("failed", TIME_IS_UP, False, 1),
+        ("failed", TIME_IS_UP, True, 0),  # as well
         ("refused", RUNNING, False, 2),
         ("refused", ASKED_TO_GO, False, 2),
         ("no progress", RUNNING, False, 1),
@@ -563,10 +608,11 @@ def test_submit_writes_the_job_and_says_how_to_follow_it(
     for line in (f"tail -F {directory}/logs/job.log", f"python -m launch status {directory}", "scancel 4711"):
         assert line in out
 
-    (cluster / "queue").write_text("PENDING Priority 0 N/A 1:00:00")
-    code, _, err = submit(world.recipe("queued"))
-    assert code == 2 and err.startswith(f"Refused: {directory} has job 4711 in the queue (PENDING, Priority)")
-    (cluster / "queue").write_text("TIMEOUT TimeLimit 0 N/A 0:00")
+    for reason in ("Priority", "ReqNodeNotAvail, UnavailableNodes:n[1-2]"):
+        (cluster / "queue").write_text(f"PENDING 0 N/A 1:00:00 {reason}   ")
+        code, _, err = submit(world.recipe("queued"))
+        assert code == 2 and err.startswith(f"Refused: {directory} has job 4711 in the queue (PENDING, {reason})")
+    (cluster / "queue").write_text("TIMEOUT 0 N/A 0:00 TimeLimit")
     assert submit(world.recipe("queued"))[0] == 0
     assert len(calls(cluster, "sbatch")) == 2
 
@@ -575,7 +621,7 @@ def test_a_job_that_slurm_has_forgotten_and_one_of_another_cluster(world: World,
     (cluster / "elsewhere").touch()
     recipe = world.recipe("forgotten")
     assert submit(recipe)[0] == 0
-    (cluster / "queue").write_text("CLUSTER: elsewhere\nRUNNING None 0 N/A 1-02:03:04")
+    (cluster / "queue").write_text("CLUSTER: elsewhere\nRUNNING 0 N/A 1-02:03:04 None")
     assert submit(recipe)[0] == 2
     assert all(argv[:2] == ["-M", "elsewhere"] for argv, _ in calls(cluster, "squeue"))
     (cluster / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
@@ -590,7 +636,7 @@ def test_a_job_that_slurm_has_forgotten_and_one_of_another_cluster(world: World,
     [("9:30", 570.0), ("1-02:03:04", 93784.0), ("0:00", 0.0), ("UNLIMITED", math.inf), ("INVALID", 0.0)],
 )
 def test_what_is_left_of_a_time_limit(cluster: Path, said: str, seconds_left: float) -> None:
-    (cluster / "queue").write_text(f"RUNNING None 0 N/A {said}")
+    (cluster / "queue").write_text(f"RUNNING 0 N/A {said} None")
     assert queued_job("4711") == QueuedJob("RUNNING", "None", 0, False, seconds_left)
 
 

@@ -383,8 +383,10 @@ def test_a_run_that_was_submitted_again(tmp_path: Path, monkeypatch: pytest.Monk
     ended(directory)
     older_status(directory, job="node1 29500 11 0")
     assert read(directory).slurm_job_id == "12"
-    older_status(directory, job="node1 29500 13 0", unix_seconds=time.time() + 1)
-    assert read(directory).slurm_job_id == "13", "which was started since"
+    for number, restarts in ((13, {}), (14, {"SLURM_RESTART_COUNT": "1"})):
+        job = runs.this_job({"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "SLURM_JOB_ID": str(number), **restarts})
+        older_status(directory, job=job, unix_seconds=time.time() + 1)
+        assert read(directory).slurm_job_id == str(number), "which was started since"
 
 
 def test_a_job_that_slurm_knows_to_be_over_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,7 +143,7 @@ def test_who_ends_at_once_leaves_no_lock(tmp_path: Path) -> None:
         os._exit(1)
 
     def failed() -> None:
-        ends(lambda: runs.leave_failed(tmp_path, "no progress"))
+        ends(lambda: runs.leave_hung(tmp_path, "no progress"))
 
     def stopped() -> None:
         ends(lambda: runs.leave(tmp_path, "preempted", "interrupted twice"))
