@@ -26,6 +26,7 @@ run: $(RUN_STAMP)  ## train: make run RECIPE=configs/recipes/NAME.yaml ARGS="tra
 	accelerate launch --config_file configs/accelerate/zero3.yaml train.py $(RECIPE) $(ARGS)
 
 test: test-fast  ## every check: lint, the fast tests, then the slow ones
+	@tests/slurm/install.sh
 	python -m pytest -q -m slow
 
 test-fast: lint  ## lint and the fast tests

@@ -1,4 +1,4 @@
-"""python -m launch COMMAND: check, prepare and submit a run, see how far it is, use what it has made."""
+"""python -m launch COMMAND: plan, check, prepare and submit a run, see how far it is, use what it has made."""
 
 import re
 import sys
@@ -22,6 +22,43 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 Arguments = Annotated[
     list[str] | None, typer.Argument(metavar="[RECIPE.yaml] [block.key=value]...", show_default=str(DEFAULT_RECIPE))
 ]
+
+
+@app.command()
+def plan(
+    arguments: Arguments = None,
+    gpu: Annotated[str | None, typer.Option(help="Such as v100-32gb.", show_default="this machine's")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="On each node.", show_default="this machine's")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, show_default="Slurm's, else 1")] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Of a node, such as 380GB.", show_default="this one's")
+    ] = None,
+    interconnect: Annotated[str | None, typer.Option(help="nvlink or pcie.", show_default="this machine's")] = None,
+    trained_share: Annotated[float, typer.Option(min=0.01, max=1, help="Of the tokens, that are trained.")] = 1.0,
+    config: Annotated[Path | None, typer.Option(help="A config.json to plan by, instead of the base's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    write: Annotated[Path | None, typer.Option(help="Put accelerate.yaml and recipe.yaml there.")] = None,
+) -> None:
+    """Say what a run takes in every layout and which is the fastest that fits, without a weight or a GPU."""
+
+    def work() -> None:
+        from launch.hardware import find_hardware
+        from launch.plan import choices, find_base, make_case, recommend
+        from launch.plan_report import plan_json, plan_lines, write_plan
+
+        recipe = parse_command_line(arguments or [])
+        hardware = find_hardware(gpu, gpus, nodes, host_memory, interconnect)
+        case = make_case(recipe, find_base(recipe, config), hardware, trained_share)
+        found = choices(case)
+        chosen = recommend(case, found)
+        print((plan_json if as_json else plan_lines)(case, found, chosen, arguments or []))
+        if chosen is None:
+            raise typer.Exit(2)
+        if write is not None:
+            start = write_plan(case, chosen, write)
+            print(f"\n{write}: written; start it with\n  {start}", file=sys.stderr if as_json else sys.stdout)
+
+    _refuse_in_one_sentence(work)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from launch.errors import ConfigError, first_line
 from launch.recipe import AdapterBlock, LoraBlock
+from launch.trained_shapes import FAMILY_TARGETS
 
 ADAPTER_NAME = "default"  # PEFT's own
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
@@ -34,16 +35,6 @@ _CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "p_tuning": PromptEncoderConfig,
     "prefix_tuning": PrefixTuningConfig,
     "prompt_tuning": PromptTuningConfig,
-}
-
-# Targets of LoRA when the recipe names none, by config.model_type; other families get all linear layers but the head.
-_SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-FAMILY_TARGETS: dict[str, tuple[str, ...]] = {
-    "qwen2": _SEVEN,
-    "qwen3": _SEVEN,
-    "llama": _SEVEN,
-    "chatglm": ("query_key_value",),
-    "baichuan": ("W_pack",),
 }
 
 

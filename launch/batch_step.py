@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -28,7 +29,7 @@ from launch.recipe import Recipe
 REQUEUES_FILE = "requeues.jsonl"  # of a run directory: every start but the first of its jobs, and why
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "peft")
 _GOING = ("RUNNING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING")  # states of a job that nobody has ended
-_NEAR_SECONDS = 3600.0  # to the time limit, when it may have to do with a stop
+_NEAR_SECONDS = 900.0  # to the time limit, when it may have to do with a stop
 _ANSWERS = 5  # tries, of a controller that is busy with a failure
 _SECONDS_BETWEEN = 6.0
 
@@ -187,7 +188,7 @@ def end(exit_code: int, started_unix_seconds: float, arguments: Sequence[str]) -
         job,
         _num_restarts(),
         recipe.run.max_requeues if recipe else 0,
-        float(os.environ.get("SLURM_JOB_END_TIME", "inf")) - time.time(),
+        job.seconds_left if job else math.inf,
         _num_in_vain(directory),
         has_hung=is_of_this_start and bool(status.get("has_hung")),
     )

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from launch import factory
 from launch.adapter import WEIGHTS_FILE
 from launch.errors import MergeError, first_line
-from launch.memory import available_bytes
+from launch.free_memory import available_bytes
 from launch.merge_rule import DTYPES
 from launch.model import added_token_ids, load_base
 from launch.packing import collate, forward_arguments, logits_of_targets

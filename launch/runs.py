@@ -250,6 +250,7 @@ def steps_to_repeat(directory: Path, step: int) -> int:
 
 def append_metrics(directory: Path, record: Mapping[str, Any]) -> None:
     """One line of metrics.jsonl."""
+    lock.end_if_lost()  # the new owner's lines are of the same steps
     with (directory / "metrics.jsonl").open("ab", buffering=0) as file:
         size_bytes = file.seek(0, os.SEEK_END)
         line = json.dumps(finite(record)).encode() + b"\n"

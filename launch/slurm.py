@@ -117,6 +117,7 @@ class QueuedJob:
     reason: str  # why it waits, or ended: Priority, TimeLimit ...
     num_restarts: int
     is_preempted: bool  # it was asked to go, and may still be running
+    seconds_left: float = math.inf  # of its time limit, which an admin may change while it runs
 
     @property
     def has_ended(self) -> bool:
@@ -157,7 +158,7 @@ def submitted_job(run_directory: Path) -> tuple[str, QueuedJob | None] | None:
 
 def queued_job(job_id: str, cluster: str | None = None) -> QueuedJob | None:
     """None when Slurm knows no such job any more. Raises SlurmError when it does not answer."""
-    fields = "State:30,RestartCnt:20,PreemptTime:30,Reason:200"  # the last one may have blanks
+    fields = "State:30,RestartCnt:20,PreemptTime:30,TimeLeft:30,Reason:200"  # the last one may have blanks
     where = ["-M", cluster] if cluster else []
     try:
         said = _call("squeue", *where, "-h", "-t", "all", "-j", job_id, "-O", fields)
@@ -165,12 +166,14 @@ def queued_job(job_id: str, cluster: str | None = None) -> QueuedJob | None:
         if "Invalid job id specified" in str(error):
             return None
         raise
-    lines = [line.split(maxsplit=3) for line in said.splitlines() if not line.startswith("CLUSTER:")]
-    found = [line for line in lines if len(line) == 4]
+    lines = [line.split(maxsplit=4) for line in said.splitlines() if not line.startswith("CLUSTER:")]
+    found = [line for line in lines if len(line) == 5]
     if not found:
         return None
-    state, restarts, preempted, reason = found[0]
-    return QueuedJob(state, reason.strip(), int(restarts), preempted not in ("N/A", "None"))
+    state, restarts, preempted, time_left, reason = found[0]
+    seconds_left = 0.0 if time_left == "INVALID" else seconds_of(time_left)  # squeue's word for less than none
+    left = math.inf if seconds_left is None else seconds_left  # UNLIMITED
+    return QueuedJob(state, reason.strip(), int(restarts), preempted not in ("N/A", "None"), left)
 
 
 def requeue(job_id: str) -> None:

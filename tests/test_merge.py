@@ -43,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "tokens": {"trainable_token_indices": [1, 2, 300]},
 }
-FEW = [kind if kind in ("lora", "dora") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+FEW = [kind if kind == "lora" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.mark.parametrize("kind", FEW)

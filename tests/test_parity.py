@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.errors import MergeError
-from launch.memory import available_bytes
+from launch.free_memory import available_bytes
 from launch.merge_from_disk import find_source, merge_from_disk
 from launch.parity import NUM_ROWS, POSITIONS_PER_ROW, Unmerged, check_logits
 from launch.recipe import ModelBlock

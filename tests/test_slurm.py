@@ -22,7 +22,7 @@ from launch.__main__ import app
 from launch.batch_step import Decision, Ending, decide
 from launch.config import as_override, dump_recipe, load_recipe
 from launch.errors import ConfigError
-from launch.slurm import JobText, QueuedJob
+from launch.slurm import JobText, QueuedJob, queued_job
 from launch.slurm_options import directive, literal_path, seconds_of
 
 HOSTILE = 'it\'s; "$HOME" `id`\n\\ #ü石'
@@ -76,7 +76,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (here / name).write_text(FAKE.format(python=sys.executable, here=str(here), kept=KEPT), encoding="utf-8")
         (here / name).chmod(0o755)
     (here / "node").write_text("NodeName=n1 Arch=x86_64\n   NodeAddr=10.0.0.1 NodeHostName=n1 Version=22.05\n")
-    (here / "queue").write_text("RUNNING 0 N/A None")
+    (here / "queue").write_text("RUNNING 0 N/A UNLIMITED None")
     (here / "gpus").write_text('["4", "4"]')
     monkeypatch.setenv("PATH", f"{here}:{os.environ['PATH']}")
     return here
@@ -609,10 +609,10 @@ def test_submit_writes_the_job_and_says_how_to_follow_it(
         assert line in out
 
     for reason in ("Priority", "ReqNodeNotAvail, UnavailableNodes:n[1-2]"):
-        (cluster / "queue").write_text(f"PENDING 0 N/A {reason}   ")
+        (cluster / "queue").write_text(f"PENDING 0 N/A 1:00:00 {reason}   ")
         code, _, err = submit(world.recipe("queued"))
         assert code == 2 and err.startswith(f"Refused: {directory} has job 4711 in the queue (PENDING, {reason})")
-    (cluster / "queue").write_text("TIMEOUT 0 N/A TimeLimit")
+    (cluster / "queue").write_text("TIMEOUT 0 N/A 0:00 TimeLimit")
     assert submit(world.recipe("queued"))[0] == 0
     assert len(calls(cluster, "sbatch")) == 2
 
@@ -621,7 +621,7 @@ def test_a_job_that_slurm_has_forgotten_and_one_of_another_cluster(world: World,
     (cluster / "elsewhere").touch()
     recipe = world.recipe("forgotten")
     assert submit(recipe)[0] == 0
-    (cluster / "queue").write_text("CLUSTER: elsewhere\nRUNNING 0 N/A None")
+    (cluster / "queue").write_text("CLUSTER: elsewhere\nRUNNING 0 N/A 1-02:03:04 None")
     assert submit(recipe)[0] == 2
     assert all(argv[:2] == ["-M", "elsewhere"] for argv, _ in calls(cluster, "squeue"))
     (cluster / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
@@ -629,6 +629,15 @@ def test_a_job_that_slurm_has_forgotten_and_one_of_another_cluster(world: World,
     (cluster / "squeue").write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
     code, _, err = submit(recipe)
     assert (code, err) == (2, "Refused: squeue says: Unable to contact slurm controller.\n")
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds_left"),
+    [("9:30", 570.0), ("1-02:03:04", 93784.0), ("0:00", 0.0), ("UNLIMITED", math.inf), ("INVALID", 0.0)],
+)
+def test_what_is_left_of_a_time_limit(cluster: Path, said: str, seconds_left: float) -> None:
+    (cluster / "queue").write_text(f"RUNNING 0 N/A {said} None")
+    assert queued_job("4711") == QueuedJob("RUNNING", "None", 0, False, seconds_left)
 
 
 def test_a_time_limit_that_a_stop_fills_is_refused(world: World, cluster: Path) -> None:

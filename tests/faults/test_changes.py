@@ -402,7 +402,8 @@ def test_a_finished_run_goes_on_to_more_steps(world: World, finished: Path, capf
     assert "is finished." in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["deleted", pytest.param("damaged", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["deleted", "damaged"])
 def test_the_best_step_is_known_without_metrics(
     world: World, finished: Path, damage: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -421,6 +422,7 @@ def test_the_best_step_is_known_without_metrics(
     assert metrics.with_name("metrics.jsonl.corrupt").exists() == (damage == "damaged")
 
 
+@pytest.mark.slow
 def test_other_rows_go_on_when_that_is_allowed(world: World, finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
     more = world.directory / "more.jsonl"
     more.write_text("".join(json.dumps(row) + "\n" for row in make_rows(30, seed=1)), encoding="utf-8")

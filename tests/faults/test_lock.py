@@ -314,6 +314,20 @@ def test_who_has_lost_the_lock_ends_at_once_and_leaves_the_other_one_alone(
     lock.release()
 
 
+def measure_what_is_lost(directory: Path) -> None:
+    lock.acquire(directory, print, QUICK)
+    (directory / lock.NAME).unlink()
+    runs.append_metrics(directory, {"kind": "train", "step": 1})
+    os._exit(3)
+
+
+def test_who_has_lost_the_lock_measures_nothing_more(tmp_path: Path) -> None:
+    """Its next start, on another node, makes the same steps and writes the same lines."""
+    child = in_child(measure_what_is_lost, tmp_path)
+    child.join(10)
+    assert child.exitcode == 1 and not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_sign_of_life_is_given(tmp_path: Path) -> None:
     child, path = held_by_child(tmp_path), tmp_path / lock.NAME
     os.utime(path, (0, 0))

@@ -1,0 +1,175 @@
+"""What a micro-batch needs, against the tensors that autograd keeps and the peak of torch's allocator, on CPU."""
+
+import functools
+import gc
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from launch.activations import (
+    Adapted,
+    MicroBatch,
+    Way,
+    adapter_bytes,
+    layer_saved_bytes,
+    logits_bytes,
+    passing_bytes,
+    saved_bytes,
+)
+from launch.shapes import Base, base_of_config
+from metrics.tokens import loss_and_sums
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "llama": {"model_type": "llama"},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16},
+    "phi": {"model_type": "phi", "resid_pdrop": 0.1},
+}
+
+
+def config_of(family: str, **sizes: Any) -> dict[str, Any]:
+    tiny = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    given: dict[str, Any] = {"num_key_value_heads": 4, "vocab_size": 128, "tie_word_embeddings": False}
+    return given | tiny | FAMILIES[family] | sizes
+
+
+def tuned(config: dict[str, Any], *, dropout: float, attention: str, recomputed: bool) -> torch.nn.Module:
+    settings = AutoConfig.for_model(**config)
+    settings._attn_implementation = attention
+    model = AutoModelForCausalLM.from_config(settings).to(torch.bfloat16)
+    lora = LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False).train()
+    if recomputed:
+        peft_model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert isinstance(peft_model, torch.nn.Module)
+    return peft_model
+
+
+def forward(model: torch.nn.Module, num_tokens: int, num_targets: int) -> torch.Tensor:
+    """Logits of two packed samples."""
+    half = num_tokens // 2
+    positions = torch.cat([torch.arange(half), torch.arange(num_tokens - half)])[None]
+    ids, kept = torch.arange(num_tokens)[None] % 100, torch.arange(num_targets)
+    logits: torch.Tensor = model(input_ids=ids, position_ids=positions, logits_to_keep=kept, use_cache=False).logits
+    return logits
+
+
+def kept_by_autograd(model: torch.nn.Module, num_tokens: int) -> int:
+    """Bytes of the tensors that a forward pass leaves for the backward pass, each storage once, no parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward(model, num_tokens, 1)
+    return sum(storages.values())
+
+
+def terms(config: dict[str, Any], dropout: float) -> tuple[Base, Adapted]:
+    base = base_of_config(config, "tiny")
+    return base, Adapted({path: (inputs, 4) for path, (inputs, _) in base.linear_layers.items()}, dropout)
+
+
+ALL = list(itertools.product(FAMILIES, [False, True], [0.0, 0.1], ["sdpa", "eager"]))
+FAST = {("qwen2", True, 0.1, "sdpa"), ("qwen2", False, 0.0, "eager"), ("phi", True, 0.1, "sdpa")}
+CASES = [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in ALL]
+
+
+@pytest.mark.parametrize(("family", "is_zero3", "dropout", "attention"), CASES)
+def test_a_layer_keeps_what_autograd_keeps(
+    family: str, is_zero3: bool, dropout: float, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the byte: what a model of four layers keeps more than one of two. Under ZeRO-3 DeepSpeed's linear layers."""
+    if is_zero3:
+        monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    kept = []
+    for num_layers in (2, 4):
+        config = config_of(family, num_hidden_layers=num_layers)
+        kept.append(kept_by_autograd(tuned(config, dropout=dropout, attention=attention, recomputed=False), 50))
+    base, adapted = terms(config, dropout)
+    way = Way(2, 2, attention == "eager", False, is_zero3)  # on a CPU a dropout's mask is of the values' type
+    layer = layer_saved_bytes(base, adapter_bytes(base, adapted, way)[-1], MicroBatch(50, 50, 1, 1), way)
+    assert (kept[1] - kept[0]) / 2 == layer
+
+
+def test_recomputed_layers_keep_their_inputs() -> None:
+    kept = []
+    for num_layers in (2, 4):
+        config = config_of("qwen2", num_hidden_layers=num_layers)
+        kept.append(kept_by_autograd(tuned(config, dropout=0.1, attention="sdpa", recomputed=True), 50))
+    assert (kept[1] - kept[0]) / 2 == 50 * 64 * 2
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that torch's allocator has given out at a time."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "sizes", "num_targets", "attention", "recomputed"),
+    [
+        ("qwen2", {}, 8, "sdpa", True),
+        ("qwen2", {}, 8, "sdpa", False),
+        ("qwen2", {}, 8, "eager", True),
+        ("phi", {}, 8, "sdpa", True),
+        ("qwen2", {"vocab_size": 8000}, 256, "sdpa", True),  # the logits are largest
+        ("phi", {"vocab_size": 2000}, 256, "sdpa", False),
+    ],
+)
+def test_the_peak_of_a_micro_batch_is_within_a_fifth(
+    family: str, sizes: dict[str, Any], num_targets: int, attention: str, recomputed: bool
+) -> None:
+    """Never more than predicted."""
+    wide = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 512}
+    config = config_of(family, **wide | sizes)
+    model = tuned(config, dropout=0.1, attention=attention, recomputed=recomputed)
+
+    def work() -> None:
+        logits = forward(model, 256, num_targets)[0]
+        loss = loss_and_sums(logits, torch.arange(num_targets) % 100)[0]
+        del logits  # as in launch.packing, which returns
+        loss.backward()
+        model.zero_grad()
+
+    work()  # what is made once
+    measured = peak_bytes(functools.partial(work))
+    base, adapted = terms(config, 0.1)
+    way, batch = Way(2, 2, attention == "eager", recomputed, False), MicroBatch(256, 256, num_targets, num_targets)
+    adapters = adapter_bytes(base, adapted, way)
+    largest = max(passing_bytes(base, adapters, batch, way), logits_bytes(base, batch, way))
+    predicted = saved_bytes(base, adapters, batch, way) + largest
+    assert 0.98 * measured <= predicted <= 1.2 * measured
+
+
+def test_logits_beside_those_of_trained_tokens() -> None:
+    """Padded rows have logits at every column; a model's own code makes them fp32."""
+    base = terms(config_of("qwen2"), 0.0)[0]
+    way = Way(2, 1, False, False, False)
+    assert logits_bytes(base, MicroBatch(100, 100, 40, 40), way) == 40 * 128 * 12
+    assert logits_bytes(base, MicroBatch(100, 50, 40, 100), way) == 40 * 128 * 12 + 60 * 128 * 2
+    own = base_of_config(config_of("llama") | {"model_type": "BlueLM"}, "own")
+    assert logits_bytes(own, MicroBatch(100, 50, 40, 100), way) == 40 * 128 * 12 + 60 * 128 * 4

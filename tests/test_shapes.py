@@ -1,0 +1,150 @@
+"""Names and shapes without a weight: those that transformers' classes and PEFT make, and those of safetensors files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, build_base
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from launch.adapter import peft_config
+from launch.errors import ConfigError, ModelError
+from launch.recipe import Recipe
+from launch.shapes import Base, base_of_config, read_config, shapes_of_files
+from launch.trained_shapes import trained_shapes
+
+TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "tie_word_embeddings": False,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "tests" / "model_configs").glob("*.json"))
+}
+NUM_PARAMETERS = {
+    "qwen1.5-14b-chat": 14_167_290_880,
+    "qwen2-7b-instruct": 7_615_616_512,
+    "phi-2": 2_779_683_840,
+    "llama-3-8b": 8_030_261_248,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "qwen2": TINY | {"model_type": "qwen2"},
+    "qwen2-tied": TINY | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": TINY | {"model_type": "qwen3", "head_dim": 16},
+    "llama-biased": TINY | {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "mistral": TINY | {"model_type": "mistral", "head_dim": 16},
+    "phi": TINY | {"model_type": "phi", "qk_layernorm": True},
+}
+
+
+def skeleton(config: dict[str, Any]) -> torch.nn.Module:
+    with torch.device("meta"):
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    return model
+
+
+def tiny_recipe(adapter: dict[str, Any], **model: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"name_or_path": "base", **model},
+            "data": {"train": "rows.jsonl", "template": "chatml"},
+            "adapter": adapter,
+            "run": {"name": "r"},
+        }
+    )
+
+
+def tiny_base(name: str = "qwen2") -> Base:
+    return base_of_config(VARIANTS[name], name)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *VARIANTS])
+def test_shapes_of_a_config_are_those_of_the_class(name: str) -> None:
+    config = PUBLISHED.get(name) or VARIANTS[name]
+    base = base_of_config(config, name)
+    theirs = {path: tuple(parameter.shape) for path, parameter in skeleton(config).named_parameters()}
+    assert base.shapes == theirs and list(base.shapes) == list(theirs)
+    assert base.num_parameters == NUM_PARAMETERS.get(name, base.num_parameters)
+
+
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("qwen2", {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "the family's targets": ("qwen2", {"r": 4}),
+    "all linear": ("phi", {"r": 4, "target_modules": "all-linear"}),
+    "an expression": ("qwen3", {"r": 4, "target_modules": r".*layers\.1\..*(k|o)_proj"}),
+    "the head, too": ("qwen2", {"r": 4, "target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
+    "dora, patterns": (
+        "llama-biased",
+        {"r": 4, "target_modules": ["q_proj", "v_proj"], "use_dora": True, "rank_pattern": {"layers.1.*v_proj": 9}},
+    ),
+    "modules to save": ("phi", {"r": 4, "target_modules": ["fc1"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "token rows": ("qwen2", {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 8]}),
+    "prompt tuning": ("qwen2", {"type": "prompt_tuning", "num_virtual_tokens": 7}),
+    "p-tuning, mlp": ("qwen2", {"type": "p_tuning", "encoder_hidden_size": 24}),
+    "p-tuning, lstm": (
+        "qwen2",
+        {
+            "type": "p_tuning",
+            "encoder_reparameterization_type": "LSTM",
+            "encoder_num_layers": 3,
+            "encoder_hidden_size": 24,
+        },
+    ),
+    "prefix": ("qwen2", {"type": "prefix_tuning"}),
+    "prefix, projected": ("qwen2", {"type": "prefix_tuning", "prefix_projection": True}),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_trained_shapes_are_those_that_peft_trains(name: str) -> None:
+    family, adapter = ADAPTERS[name]
+    recipe, base = tiny_recipe(adapter), tiny_base(family)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**VARIANTS[family]))
+    tuned = get_peft_model(model, peft_config(recipe.adapter, base.family, "base"), autocast_adapter_dtype=False)
+    theirs = {path: tuple(p.shape) for path, p in tuned.named_parameters() if p.requires_grad}
+    assert trained_shapes(recipe, base) == theirs
+
+
+def test_a_target_that_the_base_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"named 'query_key_value'; it has down_proj, .*, v_proj\."):
+        trained_shapes(tiny_recipe({"target_modules": ["query_key_value"]}), tiny_base())
+
+
+def test_headers_give_the_shapes_that_the_config_gives(tmp_path: Path) -> None:
+    """Of one file and of several with an index."""
+    config = read_config(build_base(tmp_path / "base", ["a cairn"]) / "config.json")
+    base, in_file = base_of_config(config, "base"), shapes_of_files(tmp_path / "base")
+    assert in_file == base.shapes and list(in_file) != list(base.shapes)
+    assert list(base_of_config(config, "base", in_file).shapes) == list(base.shapes)
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}  # in files of old
+    assert base_of_config(config, "base", in_file | table) == base
+    with pytest.raises(ModelError, match=r"have no model\.norm\.weight, which a qwen2 must have"):
+        base_of_config(config, "base", {name: s for name, s in in_file.items() if name != "model.norm.weight"})
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    assert shapes_of_files(tmp_path / "parts") == shapes_of_files(tmp_path / "base")
+    assert shapes_of_files(tmp_path) is None
+
+
+def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"layers of model_type 'chatglm'.* the known ones are llama, .*phi, BlueLM"):
+        base_of_config({"model_type": "chatglm"}, "THUDM/chatglm-6b")
+    with pytest.raises(ModelError, match=r"x: config.json has no vocab_size, which a qwen2 must have"):
+        base_of_config({key: value for key, value in VARIANTS["qwen2"].items() if key != "vocab_size"}, "x")
+    with pytest.raises(ModelError, match="quantised already"):
+        base_of_config(VARIANTS["qwen2"] | {"quantization_config": {"quant_method": "gptq"}}, "x")
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 16)
+    with pytest.raises(ModelError, match=r"model.safetensors has no header"):
+        shapes_of_files(tmp_path)
+    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ModelError, match="names a file outside the directory"):
+        shapes_of_files(tmp_path)
