@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from peft.tuners import lora as peft_lora
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -48,10 +49,11 @@ def plan_merge(model: PeftModel) -> tuple[list[Part], dict[str, str]]:
                 tokens = layer if leaf == "weight" else None
             elif isinstance(layer, peft_lora.ParamWrapper):
                 lora = layer if leaf == layer.parameter_name else None
-            elif type(layer) not in known or _is_odd_dora(layer):
+            elif type(layer) not in known or _is_unknown_variant(layer):
+                kind = type(getattr(layer, "lora_variant", {}).get(ADAPTER_NAME, layer)).__name__
                 raise MergeError(
-                    f"{wrapper}: PEFT's {type(layer).__name__} layer cannot be merged; train with run.merge=false, and "
-                    "serve base and adapter."
+                    f"{wrapper}: PEFT's {kind} layer cannot be merged; train with run.merge=false, and serve base and "
+                    "adapter."
                 )
             elif leaf == "weight":
                 lora = layer
@@ -147,9 +149,13 @@ def _check_all_used(model: PeftModel, parts: Sequence[Part]) -> None:
         )
 
 
-def _is_odd_dora(layer: Any) -> bool:
-    """DoRA of what is not a plain matrix: its magnitudes are those of the embeddings, or of the weight in 4 bits."""
-    return type(layer) is not LoraLinear and bool(layer.use_dora.get(ADAPTER_NAME))
+def _is_unknown_variant(layer: Any) -> bool:
+    """Whether another thing than B A is added, or not to every token; of DoRA, whether it is that of a plain matrix.
+
+    Its magnitudes are else those of the embeddings, or of the weight in 4 bits.
+    """
+    variant = layer.lora_variant.get(ADAPTER_NAME)
+    return variant is not None and not (isinstance(variant, DoraLinearVariant) and type(layer) is LoraLinear)
 
 
 def _persistent_buffers(base: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

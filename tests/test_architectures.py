@@ -164,7 +164,7 @@ def test_what_cannot_be_merged_is_refused_at_the_start(tmp_path: Path, capfd: py
     adapter = LORA | {"use_dora": True, "target_modules": ["embed_tokens"]}
     recipe = world.recipe("dora", adapter=adapter, train={"max_steps": 1}, run={"merge": True})
     assert run_ranks(1, train.main, [str(recipe)]) == [1]
-    said = "Refused: model.embed_tokens: PEFT's Embedding layer cannot be merged; train with run.merge=false, and serve"
+    said = "Refused: model.embed_tokens: PEFT's DoraEmbeddingVariant layer cannot be merged; train with run.merge=false"
     assert said in capfd.readouterr().err
     launch(recipe, 1, "run.merge=false")
     assert len(world.metrics("dora", "train")) == 1

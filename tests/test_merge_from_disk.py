@@ -407,6 +407,11 @@ def pissa(directory: Path) -> None:
     change_config(directory, init_lora_weights="pissa")
 
 
+def alora(directory: Path) -> None:
+    """Which is for the tokens after these only."""
+    change_config(directory, alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM")
+
+
 FAULTS: dict[Callable[[Path], None], str] = {
     an_extra_tensor: r"layers\.9.*q_proj\.lora_A\.weight is in the adapter, and in no layer of the base \(1 such",
     a_missing_tensor: r"up_proj\.lora_B\.weight is not in the adapter \(1 such tensors\); is this the base",
@@ -417,6 +422,7 @@ FAULTS: dict[Callable[[Path], None], str] = {
     a_wrong_header: r"adapter_model\.safetensors is no whole safetensors file: .* has .* bytes, which are not those of",
     a_shard_elsewhere: r"names '\.\./secret\.safetensors', which is not beside it",
     a_missing_shard: r"model-00002-of-\d+\.safetensors is no whole safetensors file",
+    alora: r"layers\.0\.\S+: PEFT's ALoraLinearVariant layer cannot be merged",
     pissa: r"began as pissa, which changes the base as well",
 }
 
