@@ -98,7 +98,8 @@ def main(arguments: Sequence[str]) -> int:
             runs.write_end(directory, state, str(error))
         return 1
     except Exception as error:
-        runs.write_failure(directory, f"{type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}"
+        runs.write_failure(directory, reason, may_go_on=engines.has_lost_a_peer(error))
         raise
 
 

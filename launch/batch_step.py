@@ -127,7 +127,7 @@ class Ending:
     max_requeues: int
     seconds_left: float  # of the time limit
     num_in_vain: int  # restarts in a row that saved nothing newer; those that were preempted are no fault of the job
-    has_hung: bool = False  # a rank ended itself: a peer, or what is between them, did not answer
+    may_go_on: bool = False  # it failed for what another start may not meet: a peer that hangs, or was killed
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,7 @@ def decide(ending: Ending) -> Decision:
     if job is not None and job.state not in _GOING and not is_over_time:
         return Decision(False, f"the job was cancelled ({job.state}); the same command continues", 1)
     is_asked_to_go = job is not None and job.is_preempted
-    # Else a peer did not answer, or was killed first.
-    has_failed = state == "failed" and not (is_asked_to_go or is_over_time or ending.has_hung)
+    has_failed = state == "failed" and not (is_asked_to_go or is_over_time or ending.may_go_on)
     if has_failed or state in ("refused", "no progress"):
         return Decision(False, f"{state}: {reason}", 2 if state == "refused" else 1)
     if state is None and not is_asked_to_go:
@@ -190,7 +189,7 @@ def end(exit_code: int, started_unix_seconds: float, arguments: Sequence[str]) -
         recipe.run.max_requeues if recipe else 0,
         job.seconds_left if job else math.inf,
         _num_in_vain(directory),
-        has_hung=is_of_this_start and bool(status.get("has_hung")),
+        may_go_on=is_of_this_start and bool(status.get("may_go_on")),
     )
     decision = decide(ending)
     if not decision.requeues:

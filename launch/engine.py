@@ -136,6 +136,11 @@ def after_rank_zero(what: str, work: Callable[[], str] = str) -> str:
     return str(store.get(key).decode())
 
 
+def has_lost_a_peer(error: Exception) -> bool:
+    """Whether it says no more than that another rank has ended, or its node."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def learning_rate_schedule(train: TrainBlock, total_steps: int) -> Callable[[int], float]:
     """Step (from 0) -> learning rate: transformers' own schedules, as a pure function of the step."""
     warmup_steps = train.warmup_steps or math.ceil(train.warmup_ratio * total_steps)

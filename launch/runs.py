@@ -132,7 +132,10 @@ def this_job(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def write_failure(directory: Path, reason: str, **facts: Any) -> None:
-    """The first rank of this job to end tells the cause: the others only lose their peer."""
+    """The first rank of this job to end tells the cause: the others only lose their peer.
+
+    `may_go_on` among the facts: the cause is none that the next start will surely meet again.
+    """
     status = read_status(directory)
     if status.get("state") in ("starting", "running") and status.get("job") == this_job():
         write_status(directory, "failed", f"rank {os.environ.get('RANK', '0')}: {reason}", **facts)
@@ -140,7 +143,7 @@ def write_failure(directory: Path, reason: str, **facts: Any) -> None:
 
 def leave_hung(directory: Path, reason: str) -> None:
     """`write_failure` of a process that ends since it hangs, which another start may not; and its lock, if any."""
-    write_failure(directory, reason, has_hung=True)
+    write_failure(directory, reason, may_go_on=True)
     lock.release()
 
 

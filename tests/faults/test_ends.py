@@ -65,6 +65,8 @@ def test_a_rank_killed_in_any_part_of_a_step_costs_no_update(
         run_ranks(2, killed_at, place, [str(recipe)])
     directory = world.run_directory(recipe.stem)
     assert not path_of_step(directory, 6).exists(), "it was killed before the end"
+    status = runs.read_status(directory)
+    assert (status["state"], status["may_go_on"]) == ("failed", True), "the peer's death is no fault of the run"
     launch(recipe, 2)
     found = load_file(path_of_step(directory, 6) / "optimizer.safetensors")
     assert all(torch.equal(found[name], straight[name]) for name in straight)
