@@ -13,6 +13,7 @@ LAUNCHER_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 LAUNCHER_DEFAULT_SECONDS = 30.0
 # How long Slurm waits after SIGTERM unless its admin says otherwise (KillWait); a job cannot ask.
 SLURM_DEFAULT_SECONDS = 30.0
+_UNLIMITED_SECONDS = 300 * 86400.0  # Slurm gives a job without a limit an end in a year
 JOB_VARIABLE, JOB_END_VARIABLE = "SLURM_JOB_ID", "SLURM_JOB_END_TIME"  # the second in Unix seconds
 
 
@@ -95,7 +96,7 @@ class Deadline:
     def budget_line(self) -> str:
         """For the banner: the time, who gives it, and when the job ends."""
         line = f"{self.grace_seconds:,.0f} s from SIGTERM to SIGKILL ({self._limit})"
-        if self._job_end < math.inf:
+        if self._job_end - time.time() < _UNLIMITED_SECONDS:
             line += f"; the job ends in {max(self._job_end - time.time(), 0) / 60:,.0f} min"
         return line
 

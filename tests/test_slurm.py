@@ -292,7 +292,7 @@ def test_hostile_names_arrive_intact_and_every_node_has_its_rank(cluster: Path, 
     assert tasks == [
         [
             *("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpu-bind=none", "--export=ALL"),
-            "--kill-on-bad-exit=1",
+            *("--kill-on-bad-exit=1", "--wait=0"),
         ]
     ]
 
@@ -594,6 +594,7 @@ def test_submit_writes_the_job_and_says_how_to_follow_it(
         monkeypatch.setenv(name, "5")  # of the user's environment, which would go before the text
     for name, value in (("SBATCH_ACCOUNT", "mine"), ("SLURM_CONF", "/etc/slurm/slurm.conf")):
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)  # which make sets
     directory = world.run_directory("queued")
     code, out, err = submit(world.recipe("queued"), "--nodes", "2", "--time", "1:30:00", "slurm.gres=gpu:4")
     assert (code, err) == (0, "")

@@ -140,6 +140,8 @@ def test_killed_in_the_middle_of_the_last_save_the_one_before_it_is_used(world: 
 def test_nothing_begins_that_cannot_end_before_the_job() -> None:
     deadline = Deadline(None, {"SLURM_JOB_END_TIME": str(time.time() + 100)})
     assert "; the job ends in 2 min" in deadline.budget_line()
+    unlimited = Deadline(None, {"SLURM_JOB_END_TIME": str(time.time() + 365 * 86400)})
+    assert "ends" not in unlimited.budget_line(), "what Slurm says of a job without a limit"
     deadline.recall([{"kind": "evaluation", "seconds": 90.0}, {"kind": "train", "longest_step_seconds": 4.0}])
     deadline.saves.add(1)
     assert not deadline.is_near() and not deadline.is_near(evaluation=True)
