@@ -44,7 +44,7 @@ def prepare_ahead(recipe: Recipe, arguments: Sequence[str]) -> str:
             fingerprint_starting_adapter(recipe.adapter)
             rows.append(("adapter", f"{init_from}, which the run starts from"))
         cache = cache_directory()
-        rows += [("cache", f"{cache}, {format_bytes(_free_bytes(cache))} free")] if is_on_hub else []
+        rows += [("cache", f"{cache}, {format_bytes(runs.free_bytes(cache))} free")] if is_on_hub else []
         rows.append(("rows", _prepare_rows(pinned, directory)))
     if elsewhere := [tracker for tracker in recipe.run.report_to if tracker != "tensorboard"]:
         rows.append(("trackers", f"{', '.join(elsewhere)}: what they need of a network is theirs, and not prepared"))
@@ -77,10 +77,10 @@ def _fetch_base(model: ModelBlock, commit: str | None) -> str:
         return f"{name}: {format_bytes(size_bytes)}, where it is"
     missing = missing_bytes(name, commit)
     cache = cache_directory()
-    if missing is not None and missing > _free_bytes(cache):
+    if missing is not None and missing > runs.free_bytes(cache):
         raise PreflightError(
             f"model.name_or_path = {name} needs {format_bytes(missing)} in {cache}, which has room "
-            f"for {format_bytes(_free_bytes(cache))}; make room, or set HF_HOME to a place that has "
+            f"for {format_bytes(runs.free_bytes(cache))}; make room, or set HF_HOME to a place that has "
             "it, here and in the job."
         )
     start = time.monotonic()
@@ -105,9 +105,3 @@ def _prepare_rows(recipe: Recipe, directory: Path) -> str:
 
 def _size_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
-def _free_bytes(path: Path) -> int:
-    """Of the disk where a directory is, or will be made."""
-    there = next(place for place in (path, *path.absolute().parents) if place.is_dir())
-    return shutil.disk_usage(there).free

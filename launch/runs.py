@@ -77,6 +77,12 @@ def _remove_leftovers(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def free_bytes(path: Path) -> int:
+    """Of the disk where a directory is, or will be made."""
+    there = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    return shutil.disk_usage(there).free
+
+
 def write_text(path: Path, text: str) -> None:
     """Write through a temporary file and a rename, on disk before the rename."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # threads and nodes write the same file

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from launch import checkpoint as checkpoints
 from launch import engine as engines
+from launch import runs
 from launch.errors import CheckpointError, PreflightError
 from launch.job import Job
 from launch.report import RunLog
@@ -37,7 +37,7 @@ def check_room(run_directory: Path, num_trainable: int, *, keep: int, merged_byt
     checkpoint_bytes = num_trainable * 4 * (2 + len(engines.MOMENTS))
     there = sum(path.stat().st_size for path in run_directory.glob("checkpoints/*/*"))
     needed = max((keep + 2) * checkpoint_bytes - there, checkpoint_bytes) + merged_bytes
-    free = shutil.disk_usage(run_directory).free
+    free = runs.free_bytes(run_directory)
     if needed > free:
         merged = f" and the merged model {format_bytes(merged_bytes)}" if merged_bytes else ""
         raise PreflightError(

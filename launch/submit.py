@@ -9,13 +9,17 @@ from pathlib import Path
 from launch import preflight, runs, slurm
 from launch.config import DEFAULT_RECIPE, dump_recipe, is_override
 from launch.data import check_beginnings
-from launch.errors import ConfigError, RunInUseError
+from launch.errors import ConfigError, LaunchError, RunInUseError
+from launch.memory import numel
 from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
 from launch.modes import keep_private
+from launch.plan import find_base
 from launch.recipe import TINY_MODEL_NAME, Recipe
+from launch.saving import check_room
 from launch.slurm_options import seconds_of
 from launch.starting_adapter import fingerprint_starting_adapter
 from launch.table import format_table
+from launch.trained_shapes import trained_shapes
 
 
 def submit(
@@ -48,6 +52,7 @@ def submit(
     rendered = text.render()
     _check_queue(directory)
     _check_recipe(recipe)
+    not_compared = _check_room(recipe)
     if is_dry_run:
         print(rendered, end="")
         for option in text.beside:
@@ -63,6 +68,8 @@ def submit(
         ("job", f"{job_id}, from {directory / runs.JOB_FILE}"),
         ("asked to stop", f"{text.lead_seconds} s before its time limit ({why})"),
     ]
+    if not_compared:
+        rows.append(("disk", f"not compared with what the run will leave: {not_compared}"))
     print(f"{format_table(rows)}\n")
     for what, command in (
         ("watch", f"tail -F {shlex.quote(str(directory / runs.JOB_LOG))}"),
@@ -124,3 +131,17 @@ def _check_recipe(recipe: Recipe) -> None:
     check_adapter_fits(TINY_MODEL_NAME if is_tiny else resolve_base(recipe), recipe)
     fingerprint_starting_adapter(recipe.adapter)
     check_beginnings(recipe, tokenizer_and_template(recipe))
+
+
+def _check_room(recipe: Recipe) -> str:
+    """Raises PreflightError when the disk has no room for what the run will leave; why that is not known, or ''."""
+    try:
+        base = find_base(recipe, None)
+        trained = trained_shapes(recipe, base)
+    except LaunchError as error:  # of models that no formula covers, and the tiny one
+        return str(error)
+    value_bytes = 4 if recipe.run.merge_dtype == "float32" else 2
+    merged_bytes = numel(base.shapes.values()) * value_bytes if recipe.merges else 0
+    keep = recipe.train.save_total_limit
+    check_room(recipe.run_directory, numel(trained.values()), keep=keep, merged_bytes=merged_bytes)
+    return ""

@@ -587,6 +587,12 @@ def submit(*arguments: str | Path) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
+def test_what_the_disk_has_no_room_for_is_not_submitted(world: World, cluster: Path) -> None:
+    code, _, err = submit(world.recipe("too-much"), "train.save_total_limit=1000000000000")
+    assert code == 2 and "has room for" in err and "lower train.save_total_limit" in err
+    assert calls(cluster, "sbatch") == [] and not world.run_directory("too-much").exists()
+
+
 def test_submit_writes_the_job_and_says_how_to_follow_it(
     world: World, cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
