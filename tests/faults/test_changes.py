@@ -382,6 +382,7 @@ def test_a_refused_run_is_left_as_it_was(world: World, finished: Path, capfd: py
     assert {name for name, content in everything(directory).items() if before.get(name) != content} == set()
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_to_more_steps(world: World, finished: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = again(world, finished, "longer")
     directory = world.run_directory("longer")
