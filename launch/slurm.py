@@ -128,7 +128,7 @@ class QueuedJob:
 def submit(text: JobText, run_directory: Path) -> str:
     """Hand `<run>/job.sbatch` to sbatch; the number of the job, which is also put on record in the run directory.
 
-    Raises SlurmError with sbatch's own words.
+    Raises SlurmError with sbatch's own words, or when there can be no such record.
     """
     names = [*OURS, *(name for name, _ in text.options)]
     dropped = overriding_variables(names)
@@ -142,7 +142,13 @@ def submit(text: JobText, run_directory: Path) -> str:
         said = _call("sbatch", "--parsable", *text.beside, path, environment=environment)
     job_id, _, cluster = said.strip().splitlines()[-1].partition(";")
     record = {"job_id": job_id, "cluster": cluster or None, "unix_seconds": time.time()}
-    write_json(run_directory / SUBMITTED_FILE, record)
+    try:
+        write_json(run_directory / SUBMITTED_FILE, record)
+    except OSError as error:
+        raise SlurmError(
+            f"Job {job_id} is in the queue, but {run_directory / SUBMITTED_FILE}, by which a second one is refused, "
+            f"cannot be written ({error.strerror}); scancel {job_id}, mend that, and submit it again."
+        ) from None
     return job_id
 
 

@@ -593,6 +593,12 @@ def test_what_the_disk_has_no_room_for_is_not_submitted(world: World, cluster: P
     assert calls(cluster, "sbatch") == [] and not world.run_directory("too-much").exists()
 
 
+def test_a_job_that_cannot_be_put_on_record_is_named(world: World, cluster: Path) -> None:
+    (world.run_directory("unknown") / "submitted.json").mkdir(parents=True)
+    code, _, err = submit(world.recipe("unknown"))
+    assert code == 2 and err.startswith("Refused: Job 4711 is in the queue, but ") and "scancel 4711" in err
+
+
 def test_submit_writes_the_job_and_says_how_to_follow_it(
     world: World, cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
