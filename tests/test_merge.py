@@ -43,10 +43,10 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "tokens": {"trainable_token_indices": [1, 2, 300]},
 }
-FEW = [kind if kind == "lora" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
-@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_merged_logits_are_those_of_base_and_adapter(any_world: World, kind: str) -> None:
     name = f"merge-{kind}"
     adapter = {"target_modules": ALL, **KINDS[kind]}
