@@ -2,7 +2,6 @@
 
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from launch import preflight, runs
 from launch.config import DEFAULT_RECIPE, as_override, parse_command_line
 from launch.errors import ConfigError, LaunchError
 from launch.modes import keep_private
-from launch.recipe import TINY_MODEL_NAME, Recipe
+from launch.recipe import Recipe
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -63,8 +62,14 @@ def plan(
 
 @app.command()
 def check(arguments: Arguments = None) -> None:
-    """Make every check of a run that needs no weights; exit code 2 and one sentence when it would be refused."""
-    _refuse_in_one_sentence(lambda: _check(parse_command_line(arguments or [])))
+    """Make every check of a run that needs no weights; exit code 2 and all that is wrong when it would be refused."""
+
+    def work() -> None:
+        from launch.check import check as check_recipe
+
+        check_recipe(parse_command_line(arguments or []))
+
+    _refuse_in_one_sentence(work)
 
 
 @app.command()
@@ -261,26 +266,6 @@ def selftest(
             raise typer.Exit(1)
 
     _refuse_in_one_sentence(run)
-
-
-def _check(recipe: Recipe) -> None:
-    import transformers
-
-    from launch.data import prepare
-    from launch.data_report import outcomes_line
-    from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
-    from launch.starting_adapter import fingerprint_starting_adapter
-
-    preflight.check(recipe)
-    recipe = preflight.as_prepared(recipe)
-    transformers.logging.set_verbosity_error()  # remote code gives it much to remark on
-    is_tiny = recipe.model.name_or_path == TINY_MODEL_NAME
-    check_adapter_fits(TINY_MODEL_NAME if is_tiny else resolve_base(recipe), recipe)
-    fingerprint_starting_adapter(recipe.adapter)
-    with tempfile.TemporaryDirectory() as directory:
-        report = prepare(recipe, Path(directory), lambda: tokenizer_and_template(recipe)).report
-    print(f"Rows {outcomes_line(report)}; {report['train']['trained_tokens']:,} trained tokens.")
-    print("The recipe, the base model's config, the adapter's targets and every row pass.")
 
 
 def _generate(recipe: Recipe, num_rows: int, max_new_tokens: int) -> None:

@@ -3,13 +3,14 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from launch import runs
 from launch.errors import ConfigError, ModelError
+from launch.findings import Check, Finding, after, collect, settle
 from launch.hub import fetch
 from launch.lock import seconds_since
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
@@ -20,13 +21,30 @@ STALE_BUILD_SECONDS = 600.0
 
 
 def check(recipe: Recipe) -> None:
-    """Raises a LaunchError for the first thing that would stop the run later."""
-    check_model(recipe.model, recipe.run_directory)
-    for tracker in recipe.run.report_to:
-        if tracker not in PACKAGES:
-            raise ConfigError(f"run.report_to: {tracker!r} is not a tracker; the valid ones are {', '.join(PACKAGES)}.")
-        if importlib.util.find_spec(PACKAGES[tracker]) is None:
-            raise ConfigError(f"run.report_to: {tracker} is not installed; run pip install {PACKAGES[tracker]}.")
+    """Raises a LaunchError for what would stop the run later, as far as the recipe itself says."""
+    settle(collect(checks(recipe)), print)
+
+
+def checks(recipe: Recipe, of_model: Sequence[Check] = ()) -> list[Check]:
+    """Of the recipe itself, without torch; `of_model` are those that need the model to be there."""
+
+    def model() -> list[Finding]:
+        check_model(recipe.model, recipe.run_directory)
+        return []
+
+    return [after(model, of_model), lambda: find_trackers(recipe.run.report_to)]
+
+
+def find_trackers(names: Iterable[str]) -> Iterator[Finding]:
+    """Those that are not known, or not installed."""
+    for name in names:
+        if name not in PACKAGES:
+            valid = ", ".join(PACKAGES)
+            yield Finding(f"run.report_to: {name!r} is not a tracker; the valid ones are {valid}.", error=ConfigError)
+        elif importlib.util.find_spec(PACKAGES[name]) is None:
+            yield Finding(
+                f"run.report_to: {name} is not installed; run pip install {PACKAGES[name]}.", error=ConfigError
+            )
 
 
 def check_model(model: ModelBlock, run_directory: Path | None = None) -> None:

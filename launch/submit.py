@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import preflight, runs, slurm
+from launch.check import checks_of_recipe
 from launch.config import DEFAULT_RECIPE, dump_recipe, is_override
 from launch.data import check_beginnings
 from launch.errors import ConfigError, LaunchError, RunInUseError
+from launch.findings import Finding, collect, settle
 from launch.memory import numel
-from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
+from launch.model import tokenizer_and_template
 from launch.modes import keep_private
 from launch.plan import find_base
-from launch.recipe import TINY_MODEL_NAME, Recipe
+from launch.recipe import Recipe
 from launch.saving import check_room
 from launch.slurm_options import seconds_of
-from launch.starting_adapter import fingerprint_starting_adapter
 from launch.table import format_table
 from launch.trained_shapes import trained_shapes
 
@@ -125,12 +126,13 @@ def _check_queue(directory: Path) -> None:
 
 def _check_recipe(recipe: Recipe) -> None:
     """The base's config, the adapter's targets, the template, and the first rows of every source."""
-    preflight.check(recipe)
-    recipe = preflight.as_prepared(recipe)
-    is_tiny = recipe.model.name_or_path == TINY_MODEL_NAME
-    check_adapter_fits(TINY_MODEL_NAME if is_tiny else resolve_base(recipe), recipe)
-    fingerprint_starting_adapter(recipe.adapter)
-    check_beginnings(recipe, tokenizer_and_template(recipe))
+
+    def rows() -> list[Finding]:
+        known = preflight.as_prepared(recipe)
+        check_beginnings(known, tokenizer_and_template(known))
+        return []
+
+    settle(collect(checks_of_recipe(recipe, rows)), print)
 
 
 def _check_room(recipe: Recipe) -> str:

@@ -16,7 +16,7 @@ HOUSE = Path(__file__).resolve().parent.parent
 # A module imports only from the rows above its own.
 LAYERS = (
     "launch launch.errors launch.modes launch.table launch.slurm_options launch.batching metrics metrics.tokens",
-    "launch.recipe",
+    "launch.recipe launch.findings",
     "launch.same_run",
     "launch.config launch.lock launch.preemption launch.watchdog launch.deadline launch.samples",
     "launch.runs launch.hub launch.remote_code launch.free_memory launch.shapes",
@@ -37,7 +37,7 @@ LAYERS = (
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
     "launch.saved_embeddings launch.parity",
     "launch.saving launch.start launch.prepare launch.merge_from_disk",
-    "launch.answering",
+    "launch.answering launch.check",
     "launch.data_commands launch.generate launch.chat launch.submit",
     "train launch.__main__",
 )

@@ -1,0 +1,46 @@
+"""launch check: what can be known about a run before a weight is read, and without a GPU."""
+
+import tempfile
+from pathlib import Path
+
+import transformers
+
+from launch import preflight
+from launch.data import prepare
+from launch.data_report import outcomes_line
+from launch.findings import Check, Finding, collect, settle
+from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
+from launch.recipe import TINY_MODEL_NAME, Recipe
+from launch.starting_adapter import fingerprint_starting_adapter
+
+
+def check(recipe: Recipe) -> None:
+    """Make every check, and say what became of the rows. Raises a LaunchError that names all that stops the run."""
+    transformers.logging.set_verbosity_error()  # remote code gives it much to remark on
+    said: list[str] = []
+
+    def rows() -> list[Finding]:
+        known = preflight.as_prepared(recipe)
+        with tempfile.TemporaryDirectory() as directory:
+            report = prepare(known, Path(directory), lambda: tokenizer_and_template(known)).report
+        said.append(f"Rows {outcomes_line(report)}; {report['train']['trained_tokens']:,} trained tokens.")
+        return []
+
+    settle(collect(checks_of_recipe(recipe, rows)), print)
+    print(*said, "The recipe, the base model's config, the adapter's targets and every row pass.", sep="\n")
+
+
+def checks_of_recipe(recipe: Recipe, rows: Check) -> list[Check]:
+    """Of the recipe and of what it names; `rows` looks at those, which need the base's tokenizer."""
+
+    def adapter() -> list[Finding]:
+        known = preflight.as_prepared(recipe)
+        is_tiny = known.model.name_or_path == TINY_MODEL_NAME
+        check_adapter_fits(TINY_MODEL_NAME if is_tiny else resolve_base(known), known)
+        return []
+
+    def starting_adapter() -> list[Finding]:
+        fingerprint_starting_adapter(recipe.adapter)
+        return []
+
+    return [*preflight.checks(recipe, of_model=[adapter, rows]), starting_adapter]
