@@ -191,7 +191,8 @@ def merge_chosen(job: Job, found: Mapping[str, Any], base: torch.nn.Module, dtyp
     if recipe.model.load_in_4bit:
         if job.accelerator.is_main_process:
             engines.end_zero_init()
-            merge_from_disk(find_source(recipe.run_directory), target, dtype_name=dtype_name, overwrite=True)
+            source, compare = find_source(recipe.run_directory), check_logits_of_live_run
+            merge_from_disk(source, target, dtype_name=dtype_name, overwrite=True, compare=compare)
         return
     trained_dtype = TRAINED_DTYPES[found["identity"]["precision"]]
     unmerged = Unmerged(found["base"], recipe.model, trained_dtype, job.tokenizer, adapter.parent, Path(found["store"]))

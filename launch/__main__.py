@@ -184,7 +184,10 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another merge.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the base's own code.")] = False,
 ) -> None:
-    """Merge an adapter into its base from disk, without a GPU, in the memory of a few rows."""
+    """Merge an adapter into its base from disk, without a GPU, a few rows of a matrix at a time.
+
+    Of a run, the logits of its held-out rows are compared where there is memory for the whole model in fp32.
+    """
 
     def work() -> None:
         _merge(source, output, base, dtype, max_shard_size, overwrite, trust_remote_code)

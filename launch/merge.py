@@ -26,7 +26,7 @@ from launch.merge_output import check_replaceable
 from launch.merge_plan import plan_merge
 from launch.merge_rule import DTYPES, Opener, Part, Pieces, Proof, merged_blocks
 from launch.quantisation import is_quantised
-from launch.runs import write_json
+from launch.runs import free_bytes, write_json
 from launch.shards import ShardFile, index_of, row_blocks, shard_names
 from launch.table import format_bytes
 
@@ -193,10 +193,10 @@ def write_merged(
 
 
 def _check_room(directory: Path, total_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(directory).free
-    if total_bytes > free_bytes:
+    room_bytes = free_bytes(directory)
+    if total_bytes > room_bytes:
         raise MergeError(
-            f"{directory} has room for {format_bytes(free_bytes)}, and the merged model has "
+            f"{directory} has room for {format_bytes(room_bytes)}, and the merged model has "
             f"{format_bytes(total_bytes)}; make room there and run the same command again."
         )
 

@@ -34,7 +34,7 @@ from launch.model import (
     resolve_base,
     serving_generation_config,
 )
-from launch.parity import Unmerged, check_logits
+from launch.parity import Compare, Unmerged, check_logits
 from launch.preflight import with_revision
 from launch.recipe import SHARD_BYTES, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
@@ -105,6 +105,7 @@ def merge_from_disk(
     dtype_name: str | None = None,
     max_shard_size_bytes: int | None = None,
     overwrite: bool = False,
+    compare: Compare = check_logits,
 ) -> bool:
     """Merge into `target`, which appears whole or not at all; False when this very merge is there already.
 
@@ -160,7 +161,7 @@ def merge_from_disk(
         dtype_name=dtype_name,
         max_shard_size_bytes=max_shard_size_bytes,
         facts=facts,
-        check=lambda written: check_logits(written, unmerged, dtype_name),
+        check=lambda written: compare(written, unmerged, dtype_name),
     )
     return True
 

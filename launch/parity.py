@@ -51,6 +51,9 @@ class Unmerged:
     store: Path | None  # of launch.samples; None: the adapter is no run's
 
 
+Compare = Callable[[Path, Unmerged, str], dict[str, dict[str, Any]]]
+
+
 def check_logits_of_live_run(merged: Path, unmerged: Unmerged, dtype_name: str) -> dict[str, dict[str, Any]]:
     """`check_logits` on rank zero, after the last thing that it does with the others.
 
