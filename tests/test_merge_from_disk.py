@@ -19,7 +19,7 @@ from test_cli import python_m_launch
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from launch import hub
+from launch import hub, merge_rule
 from launch.checkpoint import path_of_step
 from launch.errors import MergeError
 from launch.merge_from_disk import find_source, merge_from_disk
@@ -445,6 +445,26 @@ def test_what_does_not_fit_is_one_sentence_and_leaves_nothing(tmp_path: Path, fa
         merge(tmp_path)
     assert "\n" not in str(refused.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda w, a, b, scaling, magnitude: w + 2 * scaling * b @ a,
+        lambda w, a, b, scaling, magnitude: w + scaling * b.flip(0) @ a,
+        lambda w, a, b, scaling, magnitude: (w + scaling * b @ a).flip(1),
+    ],
+    ids=["twice the scaling", "rows of B turned", "columns turned"],
+)
+def test_the_probe_finds_a_sum_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., torch.Tensor]
+) -> None:
+    """It is computed in another order than the merge, so that no error of that one is in both."""
+    make(tmp_path, "Qwen2", {}, {})
+    monkeypatch.setattr(merge_rule, "add_lora", fault)
+    with pytest.raises(MergeError, match=r"for a random x the merged matrix gives .* else than base and adapter do"):
+        merge(tmp_path)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_soft_prompt_is_refused(tmp_path: Path) -> None:
