@@ -35,6 +35,7 @@ from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.deadline import Deadline
 from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
+from launch.findings import settle
 from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
 from launch.merge_from_disk import find_source, merge_from_disk
@@ -42,6 +43,7 @@ from launch.merge_rule import DTYPES, choose_dtype
 from launch.model import DTYPES as TRAINED_DTYPES
 from launch.model import serving_generation_config, tokenizer_and_template
 from launch.modes import keep_private
+from launch.outlook import look_ahead
 from launch.packing import choose_packing, forward_arguments
 from launch.parity import Unmerged, check_logits_of_live_run
 from launch.recipe import Recipe
@@ -119,6 +121,10 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     tokenizer, template = tokenizer_and_template(recipe, found["base"])
     tokenizer.chat_template = template.for_serving
     samples, held_out = (Samples.load(Path(found["store"]), split) for split in ("train", "evaluation"))
+    deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
+    outlook = look_ahead(recipe, found["base"], precision, samples, deepspeed)
+    if accelerator.is_main_process:
+        settle(outlook.findings, print)
     stopwatch.end("rows")
     checkpoint = Resumable.read(Path(found["checkpoint"])) if found["checkpoint"] else None
 
@@ -152,16 +158,21 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     stopwatch.end("trackers")
     if accelerator.is_main_process:
         deadline.recall(runs.read_metrics(recipe.run_directory))
-        banner = start_up_banner(job, f"{precision}: {precision_reason}", found["rows"], packing, resumed_after)
+        banner = start_up_banner(
+            job, f"{precision}: {precision_reason}", found["rows"], packing, outlook, resumed_after
+        )
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     evaluations: list[dict[str, Any]] = found["evaluations"]
     with ThreadPoolExecutor(1, "checkpoint") as writer:  # what is being written is ended while the directory is ours
         is_done = optimizer_steps(job, writer, checkpoint, evaluations, stopwatch)
     watchdog.close()
+    memory_line = outlook.compare(recipe.run_directory, job.total_steps) if accelerator.is_main_process else ""
     if not is_done:
         end_trackers(accelerator)
         return
+
+    print(memory_line, end="\n" if memory_line else "", flush=True)
 
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
     if not accelerator.is_main_process:

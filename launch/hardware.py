@@ -84,8 +84,12 @@ def find_hardware(
         found = _gpus_of_this_machine()
         if not found:
             raise ConfigError(f"This machine has no GPU that nvidia-smi knows; name one: --gpu {' | '.join(GPUS)}.")
-        kind = _known(found[0])
-        gpus = gpus or len(found)
+        known = known_gpu(found[0])
+        if known is None:
+            raise ConfigError(
+                f"This machine's {found[0]} is not known to plan; name the nearest: --gpu {' | '.join(GPUS)}."
+            )
+        kind, gpus = known, gpus or len(found)
     elif gpu in GPUS:
         kind = GPUS[gpu]
     else:
@@ -122,11 +126,9 @@ def _gpus_of_this_machine() -> list[str]:
     return names if visible is None else names[: len([number for number in visible.split(",") if number.strip()])]
 
 
-def _known(name: str) -> Gpu:
-    for gpu in GPUS.values():
-        if re.search(gpu.smi_name, name):
-            return gpu
-    raise ConfigError(f"This machine's {name} is not known to plan; name the nearest: --gpu {' | '.join(GPUS)}.")
+def known_gpu(name: str) -> Gpu | None:
+    """By the name that nvidia-smi and torch give it."""
+    return next((gpu for gpu in GPUS.values() if re.search(gpu.smi_name, name)), None)
 
 
 def _slurm_number(variable: str) -> int | None:

@@ -6,9 +6,10 @@ what is offloaded and how large the buckets are.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -127,9 +128,14 @@ def find_base(recipe: Recipe, config_file: Path | None) -> Base:
         )
     if name == TINY_MODEL_NAME:
         raise ModelError(f"model.name_or_path = {name} is built on the spot and fits anywhere; plan a real model.")
+    return base_at(name, recipe.model.revision)
+
+
+def base_at(name: str, revision: str | None) -> Base:
+    """That of a directory or a hub id."""
     directory = Path(name).expanduser()
     if not directory.is_dir():
-        directory = fetch("model.name_or_path", name, ["config.json"], recipe.model.revision, ModelError)[0]
+        directory = fetch("model.name_or_path", name, ["config.json"], revision, ModelError)[0]
     return base_of_config(read_config(directory / "config.json"), name, shapes_of_files(directory))
 
 
@@ -143,8 +149,12 @@ def make_case(recipe: Recipe, base: Base, hardware: Hardware, trained_share: flo
         precision = "bf16" if hardware.gpu.has_bf16 else "fp16"
     if precision == "bf16" and not hardware.gpu.has_bf16:
         raise ConfigError(f"train.precision = bf16, which a {hardware.gpu.name} does not do; leave it at auto.")
-    packed = recipe.train.packing == "auto" and not adapter.num_virtual_tokens and not base.has_own_code
-    return Case(recipe, base, hardware, precision, packed, trained_share)
+    return Case(recipe, base, hardware, precision, is_packed(recipe, base), trained_share)
+
+
+def is_packed(recipe: Recipe, base: Base) -> bool:
+    """What a run's probe for leaks will most likely say."""
+    return recipe.train.packing == "auto" and not recipe.adapter.num_virtual_tokens and not base.has_own_code
 
 
 def read_sharding(layout: str) -> Sharding:
@@ -154,20 +164,28 @@ def read_sharding(layout: str) -> Sharding:
     return sharding_of(json.loads(path.read_text(encoding="utf-8")))
 
 
-def sharding_of(deepspeed: dict[str, dict[str, int]]) -> Sharding:
-    """The same of a DeepSpeed configuration."""
+def sharding_of(deepspeed: Mapping[str, Any]) -> Sharding:
+    """The same of a DeepSpeed configuration; what it leaves out is as in deepspeed/runtime/zero/config.py."""
     zero = deepspeed["zero_optimization"]
+    stage = zero["stage"]
+    of_stage_3 = {
+        "prefetch_bucket_size": zero.get("stage3_prefetch_bucket_size", 50_000_000),
+        "persistence_threshold": zero.get("stage3_param_persistence_threshold", 100_000),
+        "max_live_parameters": zero.get("stage3_max_live_parameters", 1_000_000_000),
+        "max_reuse_distance": zero.get("stage3_max_reuse_distance", 1_000_000_000),
+    }
     return Sharding(
-        stage=zero["stage"],
-        offload_optimizer="offload_optimizer" in zero,
-        offload_param="offload_param" in zero,
-        overlap_comm=bool(zero["overlap_comm"]),
-        reduce_bucket_size=zero["reduce_bucket_size"],
-        prefetch_bucket_size=zero.get("stage3_prefetch_bucket_size", 0),
-        persistence_threshold=zero.get("stage3_param_persistence_threshold", 0),
-        max_live_parameters=zero.get("stage3_max_live_parameters", 0),
-        max_reuse_distance=zero.get("stage3_max_reuse_distance", 0),
+        stage=stage,
+        offload_optimizer=_is_offloaded(zero.get("offload_optimizer")),
+        offload_param=_is_offloaded(zero.get("offload_param")),
+        overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
+        reduce_bucket_size=int(zero.get("reduce_bucket_size", 500_000_000)),
+        **({name: int(count) for name, count in of_stage_3.items()} if stage == 3 else {}),
     )
+
+
+def _is_offloaded(block: Mapping[str, Any] | None) -> bool:
+    return block is not None and block.get("device", "none") != "none"
 
 
 # ---- one choice ----

@@ -90,6 +90,12 @@ def write_plan(case: Case, chosen: Choice, directory: Path) -> str:
     return command(case, chosen, [str(recipe_file)], accelerate_file)
 
 
+def layout_name(one: Choice) -> str:
+    """The layout and how its layers run, for a sentence."""
+    again = "with" if one.gradient_checkpointing else "without"
+    return f"{one.layout} {'in 4 bits ' if one.load_in_4bit else ''}{again} gradient checkpointing"
+
+
 # ---- the parts of the text ----
 
 
@@ -99,7 +105,7 @@ def _recommendation(case: Case, found: Sequence[Choice], chosen: Choice | None, 
     room = "the least that fits" if chosen.is_tight else f"leaves {RESERVED_SHARE:.0%} of the GPU free"
     why = "the only one that fits" if len(_fitting(found)) == 1 else f"the fastest by the figures below that {room}"
     rows = [
-        ("recommended", f"{_name(chosen)}, {chosen.budget_tokens:,} tokens a micro-batch"),
+        ("recommended", f"{layout_name(chosen)}, {chosen.budget_tokens:,} tokens a micro-batch"),
         ("because", f"{why}; {_beside(case, found, chosen)}"),
     ]
     if chosen.load_in_4bit != case.recipe.model.load_in_4bit:
@@ -115,13 +121,13 @@ def _nearest(case: Case, found: Sequence[Choice]) -> str:
     if short_of_host:
         one = min(short_of_host, key=lambda one: one.demand.host_bytes)
         return (
-            f"{_name(one)} would, but takes {format_bytes(one.demand.host_bytes)} of a node's memory, which has "
+            f"{layout_name(one)} would, but takes {format_bytes(one.demand.host_bytes)} of a node's memory, which has "
             f"{format_bytes(hardware.host_memory_bytes or 0)}; ask for more of it"
         )
-    one = min(found, key=lambda one: one.demand.gpu_bytes)
+    one, has = min(found, key=lambda one: one.demand.gpu_bytes), format_bytes(hardware.gpu.memory_bytes)
     return (
-        f"{_name(one)} lacks least: it takes {format_bytes(one.demand.gpu_bytes)} of a GPU for a sample of {longest:,} "
-        f"tokens, which has {format_bytes(hardware.gpu.memory_bytes)}; lower data.max_length, or take more GPUs"
+        f"{layout_name(one)} lacks least: it takes {format_bytes(one.demand.gpu_bytes)} of a GPU for a sample of "
+        f"{longest:,} tokens, which has {has}; lower data.max_length, or take more GPUs"
     )
 
 
@@ -235,11 +241,6 @@ def _legend() -> list[str]:
 
 def _fitting(found: Sequence[Choice]) -> list[Choice]:
     return [one for one in found if not one.obstacle]
-
-
-def _name(one: Choice) -> str:
-    again = "with" if one.gradient_checkpointing else "without"
-    return f"{one.layout} {'in 4 bits ' if one.load_in_4bit else ''}{again} gradient checkpointing"
 
 
 def _range(low: float, high: float) -> str:

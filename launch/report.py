@@ -1,7 +1,6 @@
 """What a run says: the start-up banner, one calm line per logging interval, metrics.jsonl, the trackers."""
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from launch import engine as engines
 from launch.adapter import trained_kinds
 from launch.config import LAUNCH_COMMAND
 from launch.job import Job
+from launch.outlook import Outlook, peak_memory_bytes
 from launch.quantisation import quantised_line
 from launch.recipe import TINY_MODEL_NAME, Recipe
 from launch.table import format_bytes, format_table
@@ -119,7 +119,7 @@ class RunLog:
             "tokens_per_second": self._num_tokens / interval_seconds,
             "longest_step_seconds": self._longest_step_seconds,
             "padding_share": 1 - self._num_tokens / cells,
-            "peak_memory_bytes": _peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(),
             "skipped_steps": skipped_steps,
         }
         if loss_scale is not None:
@@ -212,7 +212,9 @@ class RunLog:
                 self.say(f"metrics.jsonl cannot be written: {error.strerror}; the figures of step {done} are lost")
 
 
-def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, resumed_after: int | None) -> str:
+def start_up_banner(
+    job: Job, precision: str, rows_line: str, packing: str, outlook: Outlook, resumed_after: int | None
+) -> str:
     """The batch arithmetic, the precision and why, and what each rank holds; `resumed_after` a step, or None."""
     recipe, settings, samples = job.recipe, job.recipe.train, job.samples
     first_ids = batching.step_samples(0, len(samples), settings.global_batch_size, job.total_samples, settings.seed)
@@ -238,6 +240,7 @@ def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, resu
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {', '.join(kinds)}"),
         ("a stop gets", job.deadline.budget_line()),
         ("a rank holds", f"{format_bytes(held['weights'])} of weights, {format_bytes(held['optimizer'])} of optimizer"),
+        *outlook.rows(),
     ]
     warning = job.deadline.warning()
     return f"\n{format_table(rows)}\n" + (f"\n{warning}\n" if warning else "")
@@ -255,10 +258,3 @@ def closing_lines(recipe: Recipe) -> str:
     if recipe.model.name_or_path == TINY_MODEL_NAME:
         lines += ["A real model:", f"  {LAUNCH_COMMAND} \\\n    {FLAGSHIP} data.train=ROWS.jsonl"]
     return "\n".join(lines)
-
-
-def _peak_memory_bytes() -> int:
-    """Of this process: GPU memory where there is a GPU, resident memory otherwise."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux gives kilobytes

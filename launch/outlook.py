@@ -1,0 +1,98 @@
+"""The memory of a run on this machine: before its weights are read, by the plan's formulas; at its end, as it was."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launch import runs
+from launch.activations import MicroBatch
+from launch.errors import ConfigError, ModelError
+from launch.findings import Finding
+from launch.forecast import Forecast, findings, forecast, hardware_of_run, plan_line
+from launch.free_memory import available_bytes
+from launch.plan import Case, base_at, is_packed, sharding_of
+from launch.recipe import Recipe
+from launch.samples import Samples
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What rank zero expects to hold, or why it does not know."""
+
+    expected: Forecast | None
+    plan: str  # whether the plan would choose this; empty on a CPU
+    not_known: str
+    findings: tuple[Finding, ...]
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """Of the start-up banner."""
+        yield "memory", self.expected.line() if self.expected else f"no forecast: {self.not_known}"
+        if self.plan:
+            yield "plan", self.plan
+
+    def compare(self, directory: Path, step: int) -> str:
+        """Put the forecast beside the peak in metrics.jsonl; a line that says so, empty without a forecast."""
+        if self.expected is None:
+            return ""
+        line, record = self.expected.compared(peak_memory_bytes())
+        runs.append_metrics(directory, {"kind": "memory", "step": step, **record})
+        return line
+
+
+def look_ahead(
+    recipe: Recipe, base_name: str, precision: str, samples: Samples, deepspeed: Mapping[str, Any]
+) -> Outlook:
+    """Of this rank, on this machine and with this DeepSpeed configuration; the peak is counted from here on."""
+    on_gpu = torch.cuda.is_available()
+    gpu = (torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]) if on_gpu else None
+    host_available_bytes = available_bytes()
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    hardware = hardware_of_run(gpu, dist.get_world_size(), ranks_per_node, host_available_bytes)
+    try:
+        if recipe.model.factory is not None:
+            raise ModelError(f"only the code of {recipe.model.factory} knows its layers")
+        share = float(samples.num_trained.sum() / max(samples.lengths.sum(), 1))
+        base = base_at(base_name, recipe.model.revision)
+        case = Case(recipe, base, hardware, precision, is_packed(recipe, base), share)
+        sharding = sharding_of(deepspeed)
+        expected = forecast(case, sharding, _largest(case, samples), None if on_gpu else _resident_bytes())
+    except (ConfigError, ModelError) as error:  # of models that no formula covers
+        return Outlook(None, "", str(error).rstrip("."), ())
+    found = tuple(findings(case, sharding, expected, host_available_bytes))
+    _forget_peak()
+    return Outlook(expected, plan_line(case, sharding) if on_gpu else "", "", found)
+
+
+def peak_memory_bytes() -> int:
+    """Of this process: torch's tensors where there is a GPU, resident memory otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _status_bytes("VmHWM")
+
+
+def _largest(case: Case, samples: Samples) -> MicroBatch:
+    return case.micro_batch(case.recipe.train.max_tokens_per_micro_batch)
+
+
+def _resident_bytes() -> int:
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(name: str) -> int:
+    """Of /proc/self/status, in kB there (proc(5))."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _forget_peak() -> None:
+    """What rows took before does not count."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # a kernel without it counts from the start
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

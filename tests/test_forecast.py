@@ -1,0 +1,99 @@
+"""What a start says about its memory: the plan's terms for its layout, what does not fit, how right that was."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, World, deepspeed_json, launch
+from test_plan import CONFIG_14B, QWEN_14B
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2TokenizerFast
+
+from launch.config import load_recipe
+from launch.forecast import findings, forecast, hardware_of_run, plan_line
+from launch.hardware import GPUS
+from launch.plan import Case, choose, find_base, read_sharding
+
+V100 = ("Tesla V100-SXM2-32GB", GPUS["v100-32gb"].memory_bytes)
+HOST_BYTES = 380_000_000_000
+
+
+def case_of_14b(gpu: tuple[str, int] = V100, *overrides: str) -> Case:
+    recipe = load_recipe(ROOT / QWEN_14B, overrides)
+    hardware = hardware_of_run(gpu, 4, 4, HOST_BYTES)
+    return Case(recipe, find_base(recipe, CONFIG_14B), hardware, "fp16", True, 1.0)
+
+
+@pytest.mark.parametrize("layout", ["zero3", "zero3_no_offload", "zero2_no_offload"])
+def test_a_start_is_forecast_as_it_is_planned(layout: str) -> None:
+    case, sharding = case_of_14b(), read_sharding(layout)
+    checkpointing = case.recipe.train.gradient_checkpointing
+    planned = choose(case, case.model(False), layout, gradient_checkpointing=checkpointing)
+    expected = forecast(case, sharding, case.micro_batch(planned.budget_tokens), None)
+    assert expected.terms == planned.demand.gpu
+    assert expected.counted_bytes == expected.total_bytes - 1_000_000_000 - V100[1] // 20
+
+
+def test_what_does_not_fit_is_said_and_stops_only_where_it_must() -> None:
+    """28 GB of weights leave 6 GB of a V100; 40,000 tokens fit no GPU, but a run may have none as long."""
+    case = case_of_14b()
+    for layout, tokens, stops in (("zero3_no_offload", 7360, None), ("zero3_no_offload", 40_000, False)):
+        sharding = read_sharding(layout)
+        expected = forecast(case, sharding, case.micro_batch(tokens), None)
+        found = list(findings(case, sharding, expected, HOST_BYTES))
+        assert [finding.stops for finding in found] == ([] if stops is None else [stops])
+    assert "of a GPU by the plan's formulas, which has 34.1 GB; plan would choose zero3_no_offload" in found[0].sentence
+
+    small = case_of_14b(("Tesla V100-PCIE-16GB", GPUS["v100-16gb"].memory_bytes))
+    sharding = read_sharding("zero2_no_offload")
+    (found_whole,) = findings(small, sharding, forecast(small, sharding, small.micro_batch(512), None), HOST_BYTES)
+    assert found_whole.stops and found_whole.sentence.startswith("Here weights, adapter, gradients and optimizer take ")
+
+
+def test_a_node_without_the_memory_is_said() -> None:
+    case, sharding = case_of_14b(), read_sharding("zero3")
+    expected = forecast(case, sharding, case.micro_batch(1024), None)
+    (found,) = findings(case, sharding, expected, 20_000_000_000)
+    assert not found.stops and "and 20 GB are left here; ask Slurm for more (--mem)" in found.sentence
+
+
+def test_the_plan_is_compared_with_the_layout_that_runs() -> None:
+    case = case_of_14b(V100, "train.max_tokens_per_micro_batch=7360", "train.gradient_checkpointing=true")
+    assert plan_line(case, read_sharding("zero3_no_offload")) == "chooses this, too"
+    assert plan_line(case, read_sharding("zero3")).startswith("would choose zero3_no_offload with gradient checkpoint")
+    assert plan_line(case_of_14b(("A GPU of tomorrow", 10**11)), read_sharding("zero3")) == ""
+
+
+def test_a_run_compares_its_peak_with_the_forecast(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """On a CPU with what its process had before; metrics.jsonl keeps the error, and the tiny model's is not large."""
+    launch(world.recipe("peak"), 2)
+    (record,) = world.metrics("peak", "memory")
+    said = capfd.readouterr().out
+    assert "  memory        " in said and "a rank by the plan's formulas: Python and libraries" in said
+    assert abs(record["forecast_error"]) < 0.25, record
+    assert record["forecast_error"] == pytest.approx(record["forecast_bytes"] / record["peak_bytes"] - 1)
+    assert "\nmemory  " in said and "than it was" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_forecast_of_a_model_that_counts(world: World, tmp_path: Path, stage: int) -> None:
+    """100 MB of weights and as much of activations on each rank: what is forecast beyond Python is within a quarter."""
+    tokenizer = Qwen2TokenizerFast.from_pretrained(str(world.base))
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(str(tmp_path / "base"))
+    tokenizer.save_pretrained(str(tmp_path / "base"))
+    name = f"peak-{stage}"
+    recipe = world.recipe(name, model={"name_or_path": str(tmp_path / "base")}, train={"max_steps": 2})
+    launch(recipe, 2, "train.max_tokens_per_micro_batch=1024", deepspeed=deepspeed_json(tmp_path, stage))
+    (record,) = world.metrics(name, "memory")
+    print(json.dumps(record))
+    assert abs(record["forecast_error"]) < 0.25, record
