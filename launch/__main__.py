@@ -16,6 +16,7 @@ from launch.errors import ConfigError, LaunchError
 from launch.modes import keep_private
 from launch.recipe import Recipe
 
+ZERO3 = Path("configs/accelerate/zero3.yaml")
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 Arguments = Annotated[
@@ -138,7 +139,8 @@ def submit(
     mem: Annotated[str | None, typer.Option(help="Of a node; all others as slurm.OPTION=VALUE.")] = None,
     processes_per_node: Annotated[int | None, typer.Option(min=1, show_default="its GPUs, else 1")] = None,
     python: Annotated[Path | None, typer.Option(help="Of the ranks, such as a script that enters a container.")] = None,
-    config_file: Annotated[Path, typer.Option(help="Of accelerate launch.")] = Path("configs/accelerate/zero3.yaml"),
+    config_file: Annotated[Path | None, typer.Option(help="Of accelerate launch.", show_default=str(ZERO3))] = None,
+    gpu: Annotated[str | None, typer.Option(help="Such as v100-32gb: plan chooses the layout for it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job, and write and submit nothing.")] = False,
 ) -> None:
     """Check a recipe and put it into Slurm's queue; what is preempted goes on by itself until the run is finished."""
@@ -148,12 +150,20 @@ def submit(
     def work() -> None:
         given = [*(arguments or []), *(as_override("slurm", name, value) for name, value in options.items() if value)]
         recipe = parse_command_line(given)
+        from launch.submit import plan_job
         from launch.submit import submit as submit_job
 
+        layout = config_file or ZERO3
+        if gpu is not None:
+            if config_file is not None:
+                raise ConfigError("--gpu lets plan choose the layout, and --config-file names it; keep one of them.")
+            layout, overrides = plan_job(recipe, given, gpu, processes_per_node)
+            given += overrides
+            recipe = parse_command_line(given)
         submit_job(
             recipe,
             given,
-            config_file=config_file,
+            config_file=layout,
             processes_per_node=processes_per_node,
             rank_python=python,
             is_dry_run=dry_run,
@@ -254,7 +264,7 @@ def selftest(
     arguments: Arguments = None,
     steps: Annotated[int, typer.Option(help="Steps of each run.")] = 24,
     num_processes: Annotated[int | None, typer.Option(min=1, show_default="GPUs, else 2")] = None,
-    config_file: Annotated[Path, typer.Option(help="Of accelerate launch.")] = Path("configs/accelerate/zero3.yaml"),
+    config_file: Annotated[Path, typer.Option(help="Of accelerate launch.")] = ZERO3,
     keep: Annotated[Path | None, typer.Option(help="Run in this new directory, and leave it.")] = None,
 ) -> None:
     """Kill and stop a run on this machine, and see that it ends as one that nothing happened to; exit code 1 if not."""

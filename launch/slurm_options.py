@@ -122,5 +122,27 @@ def seconds_of(limit: OptionValue) -> float | None:
     return float(((int(days) * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+def num_gpus_of(options: Mapping[str, OptionValue]) -> int | None:
+    """Of a node: gpus-per-node or gres, such as 4, a100:4 or gpu:a100:4; None where neither says a number."""
+    for name in ("gpus-per-node", "gres"):
+        words = str(options.get(name, "")).partition(",")[0].partition("(")[0].split(":")
+        if words[-1].isdecimal() and (name == "gpus-per-node" or words[0] == "gpu"):
+            return int(words[-1])
+    return None
+
+
+def num_nodes_of(options: Mapping[str, OptionValue]) -> int:
+    """The least of sbatch's --nodes, such as 2 or 2-4; without it, one."""
+    least = str(options.get("nodes", 1)).partition("-")[0]
+    return int(least) if least.isdecimal() and int(least) else 1
+
+
+def memory_bytes_of(options: Mapping[str, OptionValue]) -> int | None:
+    """Of a node by sbatch's --mem: megabytes, or with K, M, G or T, all by 1024; None for all of a node (0) or none."""
+    text = str(options.get("mem", 0)).upper().removesuffix("B")
+    number, unit = (text[:-1], text[-1]) if text[-1:] in tuple("KMGT") else (text, "M")
+    return int(number) * 1024 ** (1 + "KMGT".index(unit)) or None if number.isdecimal() else None
+
+
 def _can_be_written(text: str) -> bool:
     return not any(character in text for character in "\n\r\0") and text.isprintable()

@@ -4,18 +4,21 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from launch import preflight, runs, slurm
+from launch import preflight, runs, slurm, slurm_options
 from launch.check import checks_of_recipe
 from launch.config import DEFAULT_RECIPE, dump_recipe, is_override
 from launch.data import check_beginnings
 from launch.errors import ConfigError, LaunchError, RunInUseError
 from launch.findings import Finding, collect, settle
+from launch.hardware import find_hardware
 from launch.memory import numel
 from launch.model import tokenizer_and_template
 from launch.modes import keep_private
-from launch.plan import find_base
+from launch.plan import choices, find_base, make_case, recommend
+from launch.plan_report import changes
 from launch.recipe import Recipe
 from launch.saving import check_room
 from launch.slurm_options import seconds_of
@@ -67,6 +70,7 @@ def submit(
     run = shlex.quote(str(directory))
     rows = [
         ("job", f"{job_id}, from {directory / runs.JOB_FILE}"),
+        ("layout", str(config_file)),
         ("asked to stop", f"{text.lead_seconds} s before its time limit ({why})"),
     ]
     if not_compared:
@@ -79,6 +83,36 @@ def submit(
         ("continue", "the same command again"),
     ):
         print(f"  {what:<10} {command}")
+
+
+def plan_job(
+    recipe: Recipe, arguments: Sequence[str], gpu: str, processes_per_node: int | None
+) -> tuple[Path, list[str]]:
+    """(accelerate's file, overrides of the recipe) of the fastest layout that the plan finds for the job's nodes.
+
+    Raises ConfigError when nothing fits with the base as the recipe has it, and for what is given and chosen at once.
+    """
+    options = dict(recipe.slurm)
+    gpus = processes_per_node or slurm_options.num_gpus_of(options)
+    if gpus is None:
+        raise ConfigError(f"--gpu {gpu}: plan must know how many a node gives; add --gpus-per-node N.")
+    found = find_hardware(gpu, gpus, slurm_options.num_nodes_of(options), None, None)
+    hardware = replace(found, host_memory_bytes=slurm_options.memory_bytes_of(options))  # not this machine's
+    case = make_case(recipe, find_base(recipe, None), hardware, 1.0)
+    chosen = recommend(case, choices(case))
+    if chosen is None or chosen.load_in_4bit != recipe.model.load_in_4bit:
+        raise ConfigError(
+            f"--gpu {gpu}: nothing that the recipe can be run with fits into {gpus} of them on {hardware.num_nodes} "
+            f"node(s); python -m launch plan --gpu {gpu} --gpus {gpus} --nodes {hardware.num_nodes} says what would."
+        )
+    overrides = {key: str(value).lower() for key, value in changes(recipe, chosen).items()}
+    for name in arguments:
+        key = name.partition("=")[0]
+        if key in overrides and is_override(name):
+            raise ConfigError(
+                f"{name} is given, and --gpu lets plan choose {key} ({overrides[key]}); keep one of them."
+            )
+    return chosen.accelerate_file, [f"{key}={value}" for key, value in overrides.items()]
 
 
 def _job_text(

@@ -23,7 +23,7 @@ from launch.batch_step import Decision, Ending, decide
 from launch.config import as_override, dump_recipe, load_recipe
 from launch.errors import ConfigError
 from launch.slurm import JobText, QueuedJob, queued_job
-from launch.slurm_options import directive, literal_path, seconds_of
+from launch.slurm_options import directive, literal_path, memory_bytes_of, num_gpus_of, num_nodes_of, seconds_of
 
 HOSTILE = 'it\'s; "$HOME" `id`\n\\ #ü石'
 FAKE = """#!{python}
@@ -585,6 +585,46 @@ def test_the_examples_train_what_they_are_given(cluster: Path, checkout: Path, t
 def submit(*arguments: str | Path) -> tuple[int, str, str]:
     done = CliRunner().invoke(app, ["submit", *map(str, arguments)])
     return done.exit_code, done.stdout, done.stderr
+
+
+def test_the_plan_chooses_the_layout_of_a_job(world: World, cluster: Path) -> None:
+    recipe = world.recipe("planned")
+    code, out, err = submit(recipe, "--gpu", "v100-32gb", "--gpus-per-node", "v100:4", "--mem", "100G")
+    assert (code, err) == (0, "") and "  layout         configs/accelerate/zero2_no_offload.yaml" in out
+    text = (world.run_directory("planned") / "job.sbatch").read_text(encoding="utf-8")
+    assert "--config_file configs/accelerate/zero2_no_offload.yaml" in text
+    # Two samples of 128 tokens are all that a rank has in a step.
+    assert "train.max_tokens_per_micro_batch=" in text and text.count("max_tokens_per_micro_batch=256") == 0
+    for more, sentence in (
+        (
+            ("train.max_tokens_per_micro_batch=300",),
+            "train.max_tokens_per_micro_batch=300 is given, and --gpu lets plan",
+        ),
+        (
+            ("--config-file", "configs/accelerate/zero2.yaml"),
+            "--gpu lets plan choose the layout, and --config-file names",
+        ),
+        (("--mem", "1G"), "--gpu v100-32gb: nothing that the recipe can be run with fits into 4 of them on 1 node(s)"),
+    ):
+        code, _, err = submit(recipe, "--gpu", "v100-32gb", "--gpus-per-node", "4", *more)
+        assert code == 2 and sentence in err, err
+    code, _, err = submit(recipe, "--gpu", "v100-32gb")
+    assert code == 2 and "add --gpus-per-node N" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "nodes", "memory"),
+    [
+        ({}, None, 1, None),
+        ({"gpus-per-node": 4, "nodes": 2, "mem": "380G"}, 4, 2, 380 * 1024**3),
+        ({"gpus-per-node": "a100:8", "nodes": "2-4", "mem": 4000}, 8, 2, 4000 * 1024**2),
+        ({"gres": "gpu:v100:4(S:0-1),tmp:1", "mem": 0}, 4, 1, None),
+        ({"gres": "gpu", "mem": "1T"}, None, 1, 1024**4),
+    ],
+)
+def test_what_a_node_gives(options: dict[str, str | int], gpus: int | None, nodes: int, memory: int | None) -> None:
+    found = num_gpus_of(options), num_nodes_of(options), memory_bytes_of(options)
+    assert found == (gpus, nodes, memory)
 
 
 def test_what_the_disk_has_no_room_for_is_not_submitted(world: World, cluster: Path) -> None:
