@@ -35,7 +35,7 @@ from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.deadline import Deadline
 from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
-from launch.findings import settle
+from launch.findings import collect, settle
 from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
 from launch.merge_from_disk import find_source, merge_from_disk
@@ -48,8 +48,9 @@ from launch.packing import choose_packing, forward_arguments
 from launch.parity import Unmerged, check_logits_of_live_run
 from launch.recipe import Recipe
 from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
+from launch.room import check_room, find_room
 from launch.samples import Samples
-from launch.saving import Saves, check_room
+from launch.saving import Saves
 from launch.start import adapted_base, prepare_run
 from launch.trackers import end_trackers, start_trackers
 from launch.watchdog import Watchdog
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
                 kept = f"step {newest} is saved" if newest else "there was nothing to save yet"
                 word = f"asked to stop before the first step; {kept}"
                 preemption.end_when_asked(lambda: runs.leave(directory, "preempted", word))
-                preflight.check(recipe)
+                settle(collect([*preflight.checks(recipe), lambda: find_room(recipe, is_start=True)]), print)
             stopwatch.end("checks")
             train(recipe, stopwatch)
         return 0
@@ -134,7 +135,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     if accelerator.is_main_process:
         num_trained, num_parameters = engines.count_parameters(model)
         merged_bytes = num_parameters * DTYPES[dtype_name].itemsize if recipe.merges else 0
-        check_room(recipe.run_directory, num_trained, keep=recipe.train.save_total_limit, merged_bytes=merged_bytes)
+        check_room(recipe, num_trained, merged_bytes)
     stopwatch.end("base")
     engine = engines.start_engine(accelerator, model, recipe.train)
     stopwatch.end("engine")

@@ -11,6 +11,7 @@ from launch.data_report import outcomes_line
 from launch.findings import Check, Finding, collect, settle
 from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
 from launch.recipe import TINY_MODEL_NAME, Recipe
+from launch.room import find_room
 from launch.starting_adapter import fingerprint_starting_adapter
 
 
@@ -43,4 +44,4 @@ def checks_of_recipe(recipe: Recipe, rows: Check) -> list[Check]:
         fingerprint_starting_adapter(recipe.adapter)
         return []
 
-    return [*preflight.checks(recipe, of_model=[adapter, rows]), starting_adapter]
+    return [*preflight.checks(recipe, of_model=[adapter, rows, lambda: find_room(recipe)]), starting_adapter]

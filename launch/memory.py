@@ -315,7 +315,7 @@ def loading_bytes(model: Model, sharding: Sharding, ranks_on_node: int) -> int:
 
 
 def checkpoint_bytes(num_trained: int) -> int:
-    """Master, two moments and the adapter's copy of each trained number, in fp32 (saving.check_room)."""
+    """Master, two moments and the adapter's copy of each trained number, in fp32 (room.check_room)."""
     return num_trained * FP32_BYTES * (MASTER_AND_MOMENTS + 1)
 
 

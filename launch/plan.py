@@ -250,7 +250,7 @@ def host_bytes(case: Case, model: Model, sharding: Sharding) -> dict[str, int]:
 
 
 def disk_bytes(case: Case, model: Model) -> dict[str, int]:
-    """Of the run directory (saving.check_room): the newest checkpoints, the best, one being written, the merged."""
+    """Of the run directory (room.check_room): the newest checkpoints, the best, one being written, the merged."""
     merged = memory.numel(case.base.shapes.values()) * model.value_bytes if case.recipe.merges else 0
     keep = case.recipe.train.save_total_limit + 2
     return {"checkpoints": keep * memory.checkpoint_bytes(model.num_trained), "merged model": merged}

@@ -11,10 +11,11 @@ from launch import preflight, runs
 from launch.config import LAUNCH_COMMAND
 from launch.data import prepare
 from launch.data_report import outcomes_line
-from launch.errors import ModelError, PreflightError
-from launch.hub import cache_directory, fetch_model, missing_bytes
+from launch.errors import ModelError
+from launch.hub import cache_directory, fetch_model
 from launch.modes import keep_private
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
+from launch.room import check_cache
 from launch.table import format_bytes, format_table
 
 if TYPE_CHECKING:
@@ -75,14 +76,7 @@ def _fetch_base(model: ModelBlock, commit: str | None) -> str:
     if commit is None:
         size_bytes = _size_bytes(Path(name).expanduser())
         return f"{name}: {format_bytes(size_bytes)}, where it is"
-    missing = missing_bytes(name, commit)
-    cache = cache_directory()
-    if missing is not None and missing > runs.free_bytes(cache):
-        raise PreflightError(
-            f"model.name_or_path = {name} needs {format_bytes(missing)} in {cache}, which has room "
-            f"for {format_bytes(runs.free_bytes(cache))}; make room, or set HF_HOME to a place that has "
-            "it, here and in the job."
-        )
+    missing = check_cache(name, commit)
     start = time.monotonic()
     snapshot, fetched = fetch_model("model.name_or_path", name, commit, ModelError)
     how = f"{format_bytes(missing)} fetched now ({time.monotonic() - start:.1f} s)" if missing else "there already"

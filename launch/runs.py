@@ -42,14 +42,39 @@ def open_run(directory: Path, say: Callable[[str], None] = print) -> Iterator[No
 
     Raises PreflightError when it cannot be written, RunInUseError when it is another process's who may be alive.
     """
-    try:
+    with _refused(directory):
         with as_at_start():  # runs of other users may stand beside this one
             directory.parent.mkdir(parents=True, exist_ok=True)
         directory.mkdir(exist_ok=True)
-        for path in (directory, *(path for path in directory.iterdir() if path.is_dir())):
-            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):  # not hours later, with the first save
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        _check_writable(directory, *directory.iterdir())
         lock.acquire(directory, say)
+    try:
+        _remove_leftovers(directory)
+        yield
+    finally:
+        lock.release()
+
+
+def check_writable(directory: Path) -> None:
+    """Raises the PreflightError of `open_run` for a place that it could not make or write; nothing is made."""
+    with _refused(directory):
+        there = next(place for place in (directory, *directory.absolute().parents) if os.path.lexists(place))
+        if not there.is_dir():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), there)
+        _check_writable(there, *(there.iterdir() if there == directory else ()))
+
+
+def _check_writable(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir() and not os.access(path, os.R_OK | os.W_OK | os.X_OK):  # not hours later, with the first save
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+
+@contextmanager
+def _refused(directory: Path) -> Iterator[None]:
+    """What the system says of a run directory, as a PreflightError."""
+    try:
+        yield
     except FileExistsError as error:  # directories, and links to them, are no error
         what = "a link to nowhere" if Path(error.filename).is_symlink() else "no directory"
         raise PreflightError(
@@ -61,11 +86,6 @@ def open_run(directory: Path, say: Callable[[str], None] = print) -> Iterator[No
             f"The run directory {directory} cannot be written: {error.strerror or error} ({error.filename}); set "
             "run.output_dir to a place that you can write to."
         ) from None
-    try:
-        _remove_leftovers(directory)
-        yield
-    finally:
-        lock.release()
 
 
 def _remove_leftovers(directory: Path) -> None:

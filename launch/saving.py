@@ -6,18 +6,14 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from launch import checkpoint as checkpoints
-from launch import engine as engines
-from launch import runs
-from launch.errors import CheckpointError, PreflightError
+from launch.errors import CheckpointError
 from launch.job import Job
 from launch.report import RunLog
-from launch.table import format_bytes
 
 MEAN_SECONDS_TO_FAILURE = 4 * 3600.0
 LONGEST_INTERVAL_SECONDS = 240.0
@@ -26,25 +22,6 @@ LONGEST_INTERVAL_SECONDS = 240.0
 def interval_seconds(seconds_of_a_save: float) -> float:
     """Young's interval (1974), sqrt(2 * cost of a save * mean time to failure), but at most four minutes."""
     return min(math.sqrt(2 * seconds_of_a_save * MEAN_SECONDS_TO_FAILURE), LONGEST_INTERVAL_SECONDS)
-
-
-def check_room(run_directory: Path, num_trainable: int, *, keep: int, merged_bytes: int) -> None:
-    """Raises PreflightError when the disk has no room for what the run will keep; `num_trainable` numbers are saved.
-
-    Of each there are master, two moments and the adapter's copy, in fp32. Besides the `keep` newest checkpoints there
-    may be the best one and one that is being written.
-    """
-    checkpoint_bytes = num_trainable * 4 * (2 + len(engines.MOMENTS))
-    there = sum(path.stat().st_size for path in run_directory.glob("checkpoints/*/*"))
-    needed = max((keep + 2) * checkpoint_bytes - there, checkpoint_bytes) + merged_bytes
-    free = runs.free_bytes(run_directory)
-    if needed > free:
-        merged = f" and the merged model {format_bytes(merged_bytes)}" if merged_bytes else ""
-        raise PreflightError(
-            f"{run_directory} has room for {format_bytes(free)}, but its {keep + 2} checkpoints of "
-            f"{format_bytes(checkpoint_bytes)}{merged} need {format_bytes(needed)} more; make room, or lower "
-            "train.save_total_limit."
-        )
 
 
 @dataclass(frozen=True)

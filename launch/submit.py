@@ -11,19 +11,16 @@ from launch import preflight, runs, slurm, slurm_options
 from launch.check import checks_of_recipe
 from launch.config import DEFAULT_RECIPE, dump_recipe, is_override
 from launch.data import check_beginnings
-from launch.errors import ConfigError, LaunchError, RunInUseError
+from launch.errors import ConfigError, RunInUseError
 from launch.findings import Finding, collect, settle
 from launch.hardware import find_hardware
-from launch.memory import numel
 from launch.model import tokenizer_and_template
 from launch.modes import keep_private
 from launch.plan import choices, find_base, make_case, recommend
 from launch.plan_report import changes
 from launch.recipe import Recipe
-from launch.saving import check_room
 from launch.slurm_options import seconds_of
 from launch.table import format_table
-from launch.trained_shapes import trained_shapes
 
 
 def submit(
@@ -56,7 +53,6 @@ def submit(
     rendered = text.render()
     _check_queue(directory)
     _check_recipe(recipe)
-    not_compared = _check_room(recipe)
     if is_dry_run:
         print(rendered, end="")
         for option in text.beside:
@@ -73,8 +69,6 @@ def submit(
         ("layout", str(config_file)),
         ("asked to stop", f"{text.lead_seconds} s before its time limit ({why})"),
     ]
-    if not_compared:
-        rows.append(("disk", f"not compared with what the run will leave: {not_compared}"))
     print(f"{format_table(rows)}\n")
     for what, command in (
         ("watch", f"tail -F {shlex.quote(str(directory / runs.JOB_LOG))}"),
@@ -167,17 +161,3 @@ def _check_recipe(recipe: Recipe) -> None:
         return []
 
     settle(collect(checks_of_recipe(recipe, rows)), print)
-
-
-def _check_room(recipe: Recipe) -> str:
-    """Raises PreflightError when the disk has no room for what the run will leave; why that is not known, or ''."""
-    try:
-        base = find_base(recipe, None)
-        trained = trained_shapes(recipe, base)
-    except LaunchError as error:  # of models that no formula covers, and the tiny one
-        return str(error)
-    value_bytes = 4 if recipe.run.merge_dtype == "float32" else 2
-    merged_bytes = numel(base.shapes.values()) * value_bytes if recipe.merges else 0
-    keep = recipe.train.save_total_limit
-    check_room(recipe.run_directory, numel(trained.values()), keep=keep, merged_bytes=merged_bytes)
-    return ""

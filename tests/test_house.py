@@ -25,7 +25,7 @@ LAYERS = (
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates launch.selftest",
     "launch.formats launch.tokens launch.batch_step launch.speed",
     "launch.ledger launch.plan",
-    "launch.data_report launch.plan_report",
+    "launch.data_report launch.plan_report launch.room",
     "launch.forecast",
     "launch.data launch.data_page",
     "launch.tiny launch.quantisation launch.shards launch.adapter launch.engine launch.packing",
