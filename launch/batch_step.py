@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -74,7 +75,7 @@ def facts() -> int:
 
 
 def compare(processes_per_node: str, arguments: Sequence[str], lines: Sequence[str]) -> int:
-    """Print the number of ranks for these nodes, after a line about each on standard error.
+    """Print the number of ranks for these nodes and their port, after a line about each on standard error.
 
     Nodes that are not alike are refused, which the run's status says.
     """
@@ -88,8 +89,24 @@ def compare(processes_per_node: str, arguments: Sequence[str], lines: Sequence[s
         runs.write_end(intended_run_directory(arguments), "refused", fault)
         return 2
     per_node = (nodes[0]["GPUs"] or 1) if processes_per_node == "allocated" else int(processes_per_node)
-    print(len(nodes) * per_node, flush=True)
+    print(len(nodes) * per_node, _free_port(), flush=True)
     return 0
+
+
+def _free_port() -> int:
+    """Of this node, the job's first, where rank zero will be.
+
+    Another one for each start: what is left of the last one, on a node that Slurm lost, may still hold its own. Another
+    user's process may hold any; the next one that can be bound is taken.
+    """
+    wanted = (int(os.environ["SLURM_JOB_ID"]) + 7919 * _num_restarts()) % 20000
+    both = socket.has_dualstack_ipv6()  # torch's store listens to both
+    family = socket.AF_INET6 if both else socket.AF_INET
+    for number in range(100):
+        port = 10000 + (wanted + number) % 20000
+        with contextlib.suppress(OSError), socket.create_server(("", port), family=family, dualstack_ipv6=both):
+            return port
+    return 10000 + wanted  # torch says what is wrong with it
 
 
 def _difference(nodes: Sequence[Mapping[str, Any]], num_nodes: int, processes_per_node: str) -> str:

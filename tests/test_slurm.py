@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -316,7 +317,18 @@ def test_as_many_ranks_as_were_really_given(
 ) -> None:
     assert batch_step.compare(processes_per_node, ["recipe.yaml"], told(*num_gpus)) == 0
     out, err = capsys.readouterr()
-    assert out == f"{total}\n" and err.count("\n") == 2
+    assert out == f"{total} 14711\n" and err.count("\n") == 2
+
+
+def test_a_port_that_somebody_holds_is_passed_over(
+    in_a_job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 14711)):
+        assert batch_step.compare("allocated", ["recipe.yaml"], told(4, 4)) == 0
+        assert capsys.readouterr().out == "8 14712\n"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert batch_step.compare("allocated", ["recipe.yaml"], told(4, 4)) == 0
+    assert capsys.readouterr().out == f"8 {10000 + (4711 + 2 * 7919) % 20000}\n"
 
 
 @pytest.mark.parametrize(
