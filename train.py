@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,23 +29,19 @@ import torch.distributed as dist
 from launch import batching, preflight, runs
 from launch import checkpoint as checkpoints
 from launch import engine as engines
-from launch import merge as merging
-from launch.adapter import WEIGHTS_FILE
 from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.deadline import Deadline
 from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
 from launch.findings import collect, settle
 from launch.fingerprint import versions
+from launch.finish import merge_chosen, use_chosen_step
 from launch.job import Job, evaluate, gives_up_step
-from launch.merge_from_disk import find_source, merge_from_disk
 from launch.merge_rule import DTYPES, choose_dtype
-from launch.model import DTYPES as TRAINED_DTYPES
-from launch.model import serving_generation_config, tokenizer_and_template
+from launch.model import tokenizer_and_template
 from launch.modes import keep_private
 from launch.outlook import look_ahead
 from launch.packing import choose_packing, forward_arguments
-from launch.parity import Unmerged, check_logits_of_live_run
 from launch.recipe import Recipe
 from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
 from launch.room import check_room, find_room
@@ -168,12 +164,12 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     with ThreadPoolExecutor(1, "checkpoint") as writer:  # what is being written is ended while the directory is ours
         is_done = optimizer_steps(job, writer, checkpoint, evaluations, stopwatch)
     watchdog.close()
-    memory_line = outlook.compare(recipe.run_directory, job.total_steps) if accelerator.is_main_process else ""
+    if accelerator.is_main_process:
+        done = job.total_steps if is_done else runs.read_status(recipe.run_directory)["step"]
+        outlook.compare(recipe.run_directory, done, print if is_done else lambda line: None)
     if not is_done:
         end_trackers(accelerator)
         return
-
-    print(memory_line, end="\n" if memory_line else "", flush=True)
 
     # ---- adapter -> merged weights -----------------------------------------------------------------------------------
     if not accelerator.is_main_process:
@@ -190,37 +186,6 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     if accelerator.is_main_process:
         runs.write_status(recipe.run_directory, "finished", "every step is done", step=job.total_steps)
         print(closing_lines(recipe), flush=True)
-
-
-def merge_chosen(job: Job, found: Mapping[str, Any], base: torch.nn.Module, dtype_name: str, chosen: int) -> None:
-    """The weights of the chosen step, which the engine has, into the run's merged/; a collective.
-
-    Of a base in 4 bits it does not have them: rank zero merges the adapter into what that was made of, from disk.
-    """
-    recipe = job.recipe
-    adapter, shard_bytes = recipe.run_directory / "adapter" / WEIGHTS_FILE, recipe.run.max_shard_size_bytes
-    target = (recipe.run_directory / "merged").resolve()  # which may be a link to a larger disk
-    if recipe.model.load_in_4bit:
-        if job.accelerator.is_main_process:
-            engines.end_zero_init()
-            source, compare = find_source(recipe.run_directory), check_logits_of_live_run
-            merge_from_disk(source, target, dtype_name=dtype_name, overwrite=True, compare=compare)
-        return
-    trained_dtype = TRAINED_DTYPES[found["identity"]["precision"]]
-    unmerged = Unmerged(found["base"], recipe.model, trained_dtype, job.tokenizer, adapter.parent, Path(found["store"]))
-    merging.merge(
-        job.model,
-        job.tokenizer,
-        serving_generation_config(base, found["end_token_ids"]),
-        target,
-        dtype_name=dtype_name,
-        max_shard_size_bytes=shard_bytes,
-        facts=lambda: {
-            "step": chosen,
-            **merging.facts_of(adapter, found["base"], found["identity"]["base"], shard_bytes),
-        },
-        check=lambda written: check_logits_of_live_run(written, unmerged, dtype_name),
-    )
 
 
 def watch(recipe: Recipe) -> Watchdog:
@@ -369,32 +334,6 @@ def evaluate_if_due(job: Job, log: RunLog, saves: Saves, done: int, skipped_step
     if settings.load_best_model_at_end and runs.best_step(evaluations, settings.metric_for_best_model) == done:
         saves.save(done, skipped_steps=skipped_steps)
     return True
-
-
-def use_chosen_step(job: Job, evaluations: Sequence[Mapping[str, Any]]) -> int:
-    """The last step, or the best one put back into the engine if the recipe says so; its adapter is exported."""
-    directory, settings, last = job.recipe.run_directory, job.recipe.train, job.total_steps
-
-    def choose() -> str:
-        metric = settings.metric_for_best_model
-        best = (
-            checkpoints.best_verified(directory, evaluations, metric, print) if settings.load_best_model_at_end else 0
-        )
-        return str(best or last)
-
-    chosen = int(engines.after_rank_zero("choose", choose))  # which may read every byte of several checkpoints
-    path = checkpoints.path_of_step(directory, chosen)
-    if chosen != last:
-        checkpoints.restore(Resumable.read(path), job.engine)
-    if job.accelerator.is_main_process:
-        checkpoints.export_adapter(path, directory / "adapter")
-        endpoint = directory / "endpoint"
-        if endpoint.exists():  # of a run that has gone on since it was finished
-            checkpoints.unpublish(endpoint)
-        if chosen != last:
-            checkpoints.export_adapter(checkpoints.path_of_step(directory, last), endpoint)
-            print(f"Step {chosen} has the best held-out {settings.metric_for_best_model}; its weights are used.")
-    return chosen
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The memory of a run on this machine: before its weights are read, by the plan's formulas; at its end, as it was."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +36,15 @@ class Outlook:
         if self.plan:
             yield "plan", self.plan
 
-    def compare(self, directory: Path, step: int) -> str:
-        """Put the forecast beside the peak in metrics.jsonl; a line that says so, empty without a forecast."""
-        if self.expected is None:
-            return ""
-        line, record = self.expected.compared(peak_memory_bytes())
-        runs.append_metrics(directory, {"kind": "memory", "step": step, **record})
-        return line
+    def compare(self, directory: Path, step: int, say: Callable[[str], None]) -> None:
+        """Put the forecast, if there is one, beside the peak: in metrics.jsonl, and aloud."""
+        if self.expected is not None:
+            line, record = self.expected.compared(peak_memory_bytes())
+            say(line)
+            try:
+                runs.append_metrics(directory, {"kind": "memory", "step": step, **record})
+            except OSError as error:  # no reason to lose the run
+                say(f"metrics.jsonl cannot be written: {error.strerror}; these figures are lost")
 
 
 def look_ahead(

@@ -38,7 +38,7 @@ LAYERS = (
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
     "launch.saved_embeddings launch.parity",
     "launch.saving launch.start launch.prepare launch.merge_from_disk",
-    "launch.answering launch.check",
+    "launch.answering launch.check launch.finish",
     "launch.data_commands launch.generate launch.chat launch.submit",
     "train launch.__main__",
 )

@@ -17,7 +17,7 @@ from test_resume import stop_at
 
 import train
 from launch import checkpoint as checkpoints
-from launch import data, job, runs
+from launch import data, finish, job, runs
 from launch.checkpoint import checkpoints_directory, path_of_step
 
 THRICE = [signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM]
@@ -113,7 +113,7 @@ def test_a_rank_that_waits_for_a_stopped_one_ends_with_its_stacks(world: World) 
 
 
 def ended_in_the_merge(arguments: list[str]) -> None:
-    signalled_at("merge", 1, [signal.SIGTERM], train.merging, arguments)
+    signalled_at("merge", 1, [signal.SIGTERM], finish.merging, arguments)
 
 
 @pytest.mark.slow
