@@ -60,13 +60,23 @@ def lay_out(
     longest_first = sorted(zip(lengths, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))
     if longest_first and longest_first[0][0] > max_tokens:
         raise ValueError(f"sample {longest_first[0][1]} has {longest_first[0][0]} tokens, the budget is {max_tokens}")
-    bins = _fill_padded(longest_first, max_tokens) if padded else _fill_packed(longest_first, max_tokens)
-    per_rank = max(1, math.ceil(len(bins) / num_ranks))
-    num_bins = per_rank * num_ranks
-    if not padded:
-        bins = _level(longest_first, max_tokens, num_bins) or bins
-    bins += [[] for _ in range(num_bins - len(bins))]
+    bins = _fill_padded(longest_first, max_tokens) if padded else _fill_level(longest_first, max_tokens, num_ranks)
+    bins += [[] for _ in range(max(1, math.ceil(len(bins) / num_ranks)) * num_ranks - len(bins))]
     return [bins[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def _fill_level(longest_first: Sequence[tuple[int, int]], max_tokens: int, num_ranks: int) -> list[MicroBatch]:
+    """As few bins for each rank as there can be, filled alike, if that keeps the budget; else as first fit needs.
+
+    That one looks at every bin for every sample, which takes seconds where ranks are hundreds.
+    """
+    total = sum(length for length, _ in longest_first)
+    fewest = max(1, math.ceil(total / (max_tokens * num_ranks)))
+    level = _level(longest_first, max_tokens, fewest * num_ranks)
+    if level is not None:
+        return level
+    bins = _fill_packed(longest_first, max_tokens)
+    return _level(longest_first, max_tokens, math.ceil(len(bins) / num_ranks) * num_ranks) or bins
 
 
 def _fill_packed(longest_first: Sequence[tuple[int, int]], max_tokens: int) -> list[MicroBatch]:
