@@ -98,7 +98,8 @@ class Case:
         trained = trained_shapes(self.recipe, self.base)
         groups = memory.group_names(trained, has_loraplus=self.recipe.train.loraplus_lr_ratio is not None)
         double_quant = self.recipe.model.bnb_4bit_use_double_quant
-        return Model(self.base, trained, groups, self.value_bytes, load_in_4bit, double_quant)
+        dropout = self.recipe.adapter.lora_dropout if isinstance(self.recipe.adapter, LoraBlock) else 0.0
+        return Model(self.base, trained, groups, self.value_bytes, load_in_4bit, double_quant, dropout)
 
     def micro_batch(self, budget_tokens: int) -> MicroBatch:
         """The fullest that the budget lets through."""
@@ -135,15 +136,12 @@ def find_base(recipe: Recipe, config_file: Path | None) -> Base:
 
 def make_case(recipe: Recipe, base: Base, hardware: Hardware, trained_share: float) -> Case:
     """Raises ConfigError for what the formulas do not cover, and for a precision that the GPU does not have."""
-    adapter = recipe.adapter
-    if isinstance(adapter, LoraBlock) and adapter.use_dora:
-        raise ConfigError("adapter.use_dora makes copies of weights that plan does not count; plan without it.")
     precision = recipe.train.precision
     if precision == "auto":
         precision = "bf16" if hardware.gpu.has_bf16 else "fp16"
     if precision == "bf16" and not hardware.gpu.has_bf16:
         raise ConfigError(f"train.precision = bf16, which a {hardware.gpu.name} does not do; leave it at auto.")
-    packed = recipe.train.packing == "auto" and not adapter.num_virtual_tokens and not base.has_own_code
+    packed = recipe.train.packing == "auto" and not recipe.adapter.num_virtual_tokens and not base.has_own_code
     return Case(recipe, base, hardware, precision, packed, trained_share)
 
 
@@ -190,7 +188,7 @@ def adapted_of(case: Case) -> Adapted:
     if not isinstance(adapter, LoraBlock):
         return Adapted({}, 0.0)
     layers = {path: (inputs, r) for path, (inputs, _, r) in adapted_layers(adapter, case.base).items()}
-    return Adapted(layers, adapter.lora_dropout)
+    return Adapted(layers, adapter.lora_dropout, adapter.use_dora)
 
 
 def fixed_gpu_bytes(case: Case, model: Model, sharding: Sharding, gradient_checkpointing: bool) -> dict[str, int]:
@@ -201,7 +199,7 @@ def fixed_gpu_bytes(case: Case, model: Model, sharding: Sharding, gradient_check
     gathered = memory.gathered_bytes(model, sharding, gradient_checkpointing=gradient_checkpointing)
     return {
         "weights": weights + memory.constants_bytes(model),
-        "gathered weights": gathered + memory.unpacked_bytes(model),
+        "gathered weights": gathered + memory.unpacked_bytes(model) + memory.dora_bytes(model),
         "adapter": 0 if sharding.offload_param else adapter,
         "gradients": memory.gradient_bytes(model, sharding, ranks),
         "optimizer": 0 if sharding.offload_optimizer else memory.optimizer_bytes(model, ranks, stage),
@@ -309,12 +307,16 @@ def _obstacle(case: Case, demand: Demand, model: Model) -> str:
 
 
 def choices(case: Case) -> list[Choice]:
-    """Every layout, base in the recipe's type first, with and without gradient checkpointing."""
+    """Every layout, base in the recipe's type first, with and without gradient checkpointing.
+
+    Not in 4 bits what a factory builds, which the recipe does not allow.
+    """
     wanted = case.recipe.model.load_in_4bit
+    types = (wanted, not wanted) if case.recipe.model.factory is None else (False,)
     ways = (False,) if isinstance(case.recipe.adapter, PrefixTuningBlock) else (False, True)
     return [
         choose(case, model, layout, gradient_checkpointing=gradient_checkpointing)
-        for model in (case.model(wanted), case.model(not wanted))
+        for model in map(case.model, types)
         for layout in LAYOUTS
         for gradient_checkpointing in ways
     ]
