@@ -16,10 +16,10 @@ from launch import memory, speed
 from launch.activations import Adapted, MicroBatch, Way, adapter_bytes, logits_bytes, passing_bytes, saved_bytes
 from launch.errors import ConfigError, ModelError
 from launch.hardware import Hardware
-from launch.hub import fetch
+from launch.hub import fetch, header_shapes
 from launch.memory import Model, Sharding
 from launch.recipe import TINY_MODEL_NAME, LoraBlock, PrefixTuningBlock, Recipe
-from launch.shapes import Base, base_of_config, read_config, shapes_of_files
+from launch.shapes import FAMILIES, Base, base_of_config, read_config, shapes_of_files
 from launch.trained_shapes import adapted_layers, trained_shapes
 
 ACCELERATE = Path("configs/accelerate")
@@ -116,7 +116,8 @@ class Case:
 def find_base(recipe: Recipe, config_file: Path | None) -> Base:
     """From the model's own config.json and safetensors headers, or from another config.json.
 
-    Of a model on the hub that is not here config.json alone is fetched. Raises ModelError for what cannot be planned.
+    Of a model on the hub that is not here config.json alone is fetched, and the headers if its layers are not known.
+    Raises ModelError for what cannot be planned.
     """
     name = recipe.model.name_or_path
     if config_file is not None:
@@ -128,10 +129,11 @@ def find_base(recipe: Recipe, config_file: Path | None) -> Base:
         )
     if name == TINY_MODEL_NAME:
         raise ModelError(f"model.name_or_path = {name} is built on the spot and fits anywhere; plan a real model.")
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
-        directory = fetch("model.name_or_path", name, ["config.json"], recipe.model.revision, ModelError)[0]
-    return base_of_config(read_config(directory / "config.json"), name, shapes_of_files(directory))
+    directory, commit = fetch("model.name_or_path", name, ["config.json"], recipe.model.revision, ModelError)
+    config, shapes = read_config(directory / "config.json"), shapes_of_files(directory)
+    if shapes is None and commit is not None and config.get("model_type") not in FAMILIES:
+        shapes = header_shapes(name, commit)
+    return base_of_config(config, name, shapes)
 
 
 def make_case(recipe: Recipe, base: Base, hardware: Hardware, trained_share: float) -> Case:

@@ -6,13 +6,17 @@ import resource
 import shlex
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import huggingface_hub
 import pytest
 import yaml
 from conftest import ROOT, World, launch
 from plans_page import page
+from transformers import OPTConfig, OPTForCausalLM
 
 from launch import memory, speed
 from launch.activations import MicroBatch, Way
@@ -323,6 +327,78 @@ def test_a_local_base_is_planned_by_its_own_files(world: World) -> None:
     (file,) = world.base.glob("*.safetensors")
     header_bytes = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert base.num_parameters * 4 == file.stat().st_size - header_bytes
+
+
+COMMIT = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of a hub for `owner/name`, from a directory; it counts the bytes of files."""
+
+    directory: Path
+    sent: ClassVar[list[int]]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        """The repository's files, one of them, or a part of one."""
+        name = self.path.rpartition("/")[2]
+        if self.path.startswith("/api/"):
+            files = [
+                {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "1", "rfilename": path.name}
+                for path in self.directory.iterdir()
+            ]
+            tree: Any = files if "/tree/" in self.path else {"id": "owner/name", "sha": COMMIT, "siblings": files}
+            content = json.dumps(tree).encode()
+        elif (self.directory / name).is_file():
+            content = (self.directory / name).read_bytes()
+        else:
+            self.send_error(404)
+            return
+        whole = len(content)
+        part = self.headers["Range"]
+        if part:
+            first, last = (int(number) for number in part.removeprefix("bytes=").split("-"))
+            content = content[first : last + 1]
+        self.send_response(206 if part else 200)
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content) if self.command == "GET" or not part else whole))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+            self.sent.append(len(content))
+
+    def log_message(self, *given: Any) -> None:
+        """Nothing."""
+
+
+def test_of_a_model_on_the_hub_the_headers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT, whose layers plan does not know, from a hub on this machine: 3 MB of weights, of which 0.1 MB are sent."""
+    settings = {"vocab_size": 3000, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_hidden_layers": 2}
+    config = OPTConfig(num_attention_heads=4, max_position_embeddings=9000, **settings)
+    model = OPTForCausalLM(config)
+    model.save_pretrained(str(tmp_path / "there"))
+    monkeypatch.setattr(Hub, "directory", tmp_path / "there", raising=False)
+    monkeypatch.setattr(Hub, "sent", [], raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
+    recipe = load_recipe(ROOT / QWEN_14B, ["model.name_or_path=owner/name"])
+    base = find_base(recipe, None)
+    server.shutdown()
+    assert base.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (base.layer_prefix, base.intermediate_size) == ("model.decoder.layers.", 96)
+    assert sum(Hub.sent) < 200_000 < base.num_parameters * 4
 
 
 def test_what_cannot_be_planned_is_refused_in_one_sentence(world: World) -> None:
