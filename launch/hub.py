@@ -57,6 +57,21 @@ def fetch_model(key: str, name: str, revision: str | None, error_class: type[Lau
     return found
 
 
+def header_shapes(name: str, revision: str | None) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes of a hub id's tensors from the headers of its safetensors files, of which no more is fetched.
+
+    None when it has no such files, or the hub does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        files = HfApi().get_safetensors_metadata(name, revision=revision).files_metadata.values()
+    except (OSError, HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError):
+        return None
+    return {path: tuple(tensor.shape) for file in files for path, tensor in file.tensors.items()}
+
+
 def missing_bytes(name: str, revision: str | None) -> int | None:
     """What `fetch_model` would fetch of a hub id; None when the hub does not say."""
     from huggingface_hub import snapshot_download

@@ -42,6 +42,7 @@ class Model:
     value_bytes: int  # of a weight, a gradient and an activation: 2, or 4 under fp32
     load_in_4bit: bool
     double_quant: bool
+    lora_dropout: float = 0.0
 
     @functools.cached_property
     def num_trained(self) -> int:
@@ -57,6 +58,15 @@ class Model:
     def num_lora_numbers(self) -> int:
         """Numbers of LoRA's matrices."""
         return numel(shape for name, shape in self.trained.items() if ".lora_" in name and len(shape) == 2)
+
+    @functools.cached_property
+    def dora_sizes(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the linear layers that DoRA adapts."""
+        end = ".lora_magnitude_vector.default.weight"
+        paths = [
+            name.removeprefix("base_model.model.").removesuffix(end) for name in self.trained if name.endswith(end)
+        ]
+        return [(inputs, outputs) for outputs, inputs in (self.base.shapes[f"{path}.weight"] for path in paths)]
 
     @functools.cached_property
     def quantised(self) -> frozenset[str]:
@@ -132,10 +142,26 @@ def unpacked_bytes(model: Model) -> int:
     return max(sizes, default=0) * model.value_bytes
 
 
+def dora_bytes(model: Model) -> int:
+    """What DoRA makes of a matrix before each product with it, at most; nothing without DoRA.
+
+    peft/tuners/lora/dora.py multiplies A and B with a unit matrix, scales the product and adds it to the weight, all of
+    them there when the sum's norm is taken.
+    """
+    return max(map(dora_numbers, model.dora_sizes), default=0) * model.value_bytes
+
+
+def dora_numbers(size: tuple[int, int]) -> int:
+    """Of one matrix with so many (inputs, outputs)."""
+    inputs, outputs = size
+    return inputs * inputs + 3 * inputs * outputs
+
+
 def constants_bytes(model: Model) -> int:
-    """The constants of the weights in 4 bits, whole on every rank."""
+    """The constants of the weights in 4 bits and the tables that no checkpoint has, whole on every rank."""
     counts = [math.prod(model.base.shapes[name]) for name in model.quantised]
-    return sum(nf4_constants_bytes(count, double_quant=model.double_quant) for count in counts)
+    constants = sum(nf4_constants_bytes(count, double_quant=model.double_quant) for count in counts)
+    return constants + model.base.buffer_numbers * model.value_bytes
 
 
 def gathered_bytes(model: Model, sharding: Sharding, *, gradient_checkpointing: bool) -> int:

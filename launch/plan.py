@@ -17,10 +17,10 @@ from launch import memory, speed
 from launch.activations import Adapted, MicroBatch, Way, adapter_bytes, logits_bytes, passing_bytes, saved_bytes
 from launch.errors import ConfigError, ModelError
 from launch.hardware import Hardware
-from launch.hub import fetch
+from launch.hub import fetch, header_shapes
 from launch.memory import Model, Sharding
 from launch.recipe import TINY_MODEL_NAME, LoraBlock, PrefixTuningBlock, Recipe
-from launch.shapes import Base, base_of_config, read_config, shapes_of_files
+from launch.shapes import FAMILIES, Base, base_of_config, read_config, shapes_of_files
 from launch.trained_shapes import adapted_layers, trained_shapes
 
 ACCELERATE = Path("configs/accelerate")
@@ -99,7 +99,8 @@ class Case:
         trained = trained_shapes(self.recipe, self.base)
         groups = memory.group_names(trained, has_loraplus=self.recipe.train.loraplus_lr_ratio is not None)
         double_quant = self.recipe.model.bnb_4bit_use_double_quant
-        return Model(self.base, trained, groups, self.value_bytes, load_in_4bit, double_quant)
+        dropout = self.recipe.adapter.lora_dropout if isinstance(self.recipe.adapter, LoraBlock) else 0.0
+        return Model(self.base, trained, groups, self.value_bytes, load_in_4bit, double_quant, dropout)
 
     def micro_batch(self, budget_tokens: int) -> MicroBatch:
         """The fullest that the budget lets through."""
@@ -116,7 +117,8 @@ class Case:
 def find_base(recipe: Recipe, config_file: Path | None) -> Base:
     """From the model's own config.json and safetensors headers, or from another config.json.
 
-    Of a model on the hub that is not here config.json alone is fetched. Raises ModelError for what cannot be planned.
+    Of a model on the hub that is not here config.json alone is fetched, and the headers if its layers are not known.
+    Raises ModelError for what cannot be planned.
     """
     name = recipe.model.name_or_path
     if config_file is not None:
@@ -133,17 +135,15 @@ def find_base(recipe: Recipe, config_file: Path | None) -> Base:
 
 def base_at(name: str, revision: str | None) -> Base:
     """That of a directory or a hub id."""
-    directory = Path(name).expanduser()
-    if not directory.is_dir():
-        directory = fetch("model.name_or_path", name, ["config.json"], revision, ModelError)[0]
-    return base_of_config(read_config(directory / "config.json"), name, shapes_of_files(directory))
+    directory, commit = fetch("model.name_or_path", name, ["config.json"], revision, ModelError)
+    config, shapes = read_config(directory / "config.json"), shapes_of_files(directory)
+    if shapes is None and commit is not None and config.get("model_type") not in FAMILIES:
+        shapes = header_shapes(name, commit)
+    return base_of_config(config, name, shapes)
 
 
 def make_case(recipe: Recipe, base: Base, hardware: Hardware, trained_share: float) -> Case:
     """Raises ConfigError for what the formulas do not cover, and for a precision that the GPU does not have."""
-    adapter = recipe.adapter
-    if isinstance(adapter, LoraBlock) and adapter.use_dora:
-        raise ConfigError("adapter.use_dora makes copies of weights that plan does not count; plan without it.")
     precision = recipe.train.precision
     if precision == "auto":
         precision = "bf16" if hardware.gpu.has_bf16 else "fp16"
@@ -208,7 +208,7 @@ def adapted_of(case: Case) -> Adapted:
     if not isinstance(adapter, LoraBlock):
         return Adapted({}, 0.0)
     layers = {path: (inputs, r) for path, (inputs, _, r) in adapted_layers(adapter, case.base).items()}
-    return Adapted(layers, adapter.lora_dropout)
+    return Adapted(layers, adapter.lora_dropout, adapter.use_dora)
 
 
 def fixed_gpu_bytes(case: Case, model: Model, sharding: Sharding, gradient_checkpointing: bool) -> dict[str, int]:
@@ -219,7 +219,7 @@ def fixed_gpu_bytes(case: Case, model: Model, sharding: Sharding, gradient_check
     gathered = memory.gathered_bytes(model, sharding, gradient_checkpointing=gradient_checkpointing)
     return {
         "weights": weights + memory.constants_bytes(model),
-        "gathered weights": gathered + memory.unpacked_bytes(model),
+        "gathered weights": gathered + memory.unpacked_bytes(model) + memory.dora_bytes(model),
         "adapter": 0 if sharding.offload_param else adapter,
         "gradients": memory.gradient_bytes(model, sharding, ranks),
         "optimizer": 0 if sharding.offload_optimizer else memory.optimizer_bytes(model, ranks, stage),
@@ -327,12 +327,16 @@ def _obstacle(case: Case, demand: Demand, model: Model) -> str:
 
 
 def choices(case: Case) -> list[Choice]:
-    """Every layout, base in the recipe's type first, with and without gradient checkpointing."""
+    """Every layout, base in the recipe's type first, with and without gradient checkpointing.
+
+    Not in 4 bits what a factory builds, which the recipe does not allow.
+    """
     wanted = case.recipe.model.load_in_4bit
+    types = (wanted, not wanted) if case.recipe.model.factory is None else (False,)
     ways = (False,) if isinstance(case.recipe.adapter, PrefixTuningBlock) else (False, True)
     return [
         choose(case, model, layout, gradient_checkpointing=gradient_checkpointing)
-        for model in (case.model(wanted), case.model(not wanted))
+        for model in map(case.model, types)
         for layout in LAYOUTS
         for gradient_checkpointing in ways
     ]

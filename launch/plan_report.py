@@ -169,8 +169,10 @@ def _case_rows(case: Case) -> list[tuple[str, str]]:
     host = "not known" if memory is None else format_bytes(memory)
     share = "every token" if case.trained_share == 1 else f"{case.trained_share:.0%} of the tokens"
     how = "packed" if case.packed else "padded"
+    guess = "" if case.base.is_known else "; its layers are not known to plan, so activations are a guess"
+    base = case.base
     return [
-        ("base", f"{case.base.family}, {case.base.num_parameters:,} parameters in {case.base.num_layers} layers"),
+        ("base", f"{base.family}, {base.num_parameters:,} parameters in {base.num_layers} layers{guess}"),
         ("trained", f"{model.num_trained:,} parameters ({case.recipe.adapter.type})"),
         (
             "hardware",

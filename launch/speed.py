@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from launch.activations import MicroBatch, Way
 from launch.hardware import Hardware
-from launch.memory import FP32_BYTES, Model, Sharding, parameter_bytes, trained_share
+from launch.memory import FP32_BYTES, Model, Sharding, dora_numbers, parameter_bytes, trained_share
 
 # (worst, best) share of the data sheet's figure. Assumed, not measured.
 COMPUTE_SHARE = (0.2, 0.5)
@@ -54,6 +54,8 @@ def forward_flops(model: Model, batch: MicroBatch) -> tuple[float, float]:
     base = model.base
     layers = 2.0 * (model.num_matrix_numbers + model.num_lora_numbers) * batch.num_tokens
     layers += 4.0 * batch.num_columns * base.num_heads * base.head_dim * base.num_layers * batch.num_tokens
+    if model.lora_dropout:  # DoRA then multiplies by the weight once more, as it drops the base's inputs as well
+        layers += 2.0 * sum(map(math.prod, model.dora_sizes)) * batch.num_tokens
     return layers, 2.0 * base.vocab_size * base.hidden_size * batch.num_logit_rows
 
 
@@ -89,7 +91,10 @@ def work_of(model: Model, sharding: Sharding, num_ranks: int, batch: MicroBatch,
     traffic = float(whole)
     if model.load_in_4bit:  # bitsandbytes unpacks each matrix before each product
         traffic += 2.0 * model.value_bytes * model.num_matrix_numbers
-    return Work(step_flops(model, batch, way), traffic * passes, network, pcie, step_pcie, step_host)
+    traffic *= passes
+    made = sum(map(dora_numbers, model.dora_sizes)) * model.value_bytes  # by DoRA: written and read in a forward pass
+    traffic += 2.0 * made * (passes - 1)
+    return Work(step_flops(model, batch, way), traffic, network, pcie, step_pcie, step_host)
 
 
 def seconds_of_step(work: Work, hardware: Hardware, num_micro_batches: int) -> Seconds:

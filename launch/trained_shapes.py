@@ -42,7 +42,7 @@ def adapted_layers(adapter: LoraBlock, base: Base) -> dict[str, tuple[int, int, 
     else:
         paths = [path for path in linear if any(_is_named(path, target) for target in targets)]
         for target in targets:
-            if target != "embed_tokens" and not any(_is_named(path, target) for path in paths):
+            if not _is_named(base.embedding, target) and not any(_is_named(path, target) for path in paths):
                 names = sorted({path.rpartition(".")[2] for path in linear})
                 raise ConfigError(
                     f"adapter.target_modules: no module of the model is named {target!r}; it has {', '.join(names)}."
@@ -60,10 +60,12 @@ def _lora_shapes(adapter: LoraBlock, base: Base, num_added_tokens: int) -> Shape
         shapes[f"{name}.lora_B.default.weight"] = (outputs, r)
         if adapter.use_dora:
             shapes[f"{name}.lora_magnitude_vector.default.weight"] = (outputs,)
-    if isinstance(adapter.target_modules, tuple) and "embed_tokens" in adapter.target_modules:
-        r = _rank_of(adapter, "model.embed_tokens")
-        shapes["base_model.model.model.embed_tokens.lora_embedding_A.default"] = (r, base.vocab_size)
-        shapes["base_model.model.model.embed_tokens.lora_embedding_B.default"] = (base.hidden_size, r)
+    listed = adapter.target_modules if isinstance(adapter.target_modules, tuple) else ()
+    embedding = f"base_model.model.{base.embedding}"
+    if any(_is_named(base.embedding, target) for target in listed):
+        r = _rank_of(adapter, base.embedding)
+        shapes[f"{embedding}.lora_embedding_A.default"] = (r, base.vocab_size)
+        shapes[f"{embedding}.lora_embedding_B.default"] = (base.hidden_size, r)
     for saved in adapter.modules_to_save:
         for name, shape in base.shapes.items():
             owner, _, leaf = name.rpartition(".")
@@ -72,8 +74,7 @@ def _lora_shapes(adapter: LoraBlock, base: Base, num_added_tokens: int) -> Shape
     ids = adapter.trainable_token_indices
     num_rows = num_added_tokens if ids == "added" else len(ids)
     if num_rows:
-        name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta.default"
-        shapes[name] = (num_rows, base.hidden_size)
+        shapes[f"{embedding}.token_adapter.trainable_tokens_delta.default"] = (num_rows, base.hidden_size)
     return shapes
 
 
@@ -123,8 +124,8 @@ def _prefix_shapes(adapter: PrefixTuningBlock, base: Base) -> Shapes:
 
 
 def _head(base: Base) -> dict[str, tuple[int, int]]:
-    shape = base.shapes.get("lm_head.weight")
-    return {"lm_head": (shape[1], shape[0])} if shape else {}
+    shape = base.shapes.get(f"{base.head}.weight")
+    return {base.head: (shape[1], shape[0])} if shape else {}
 
 
 def _rank_of(adapter: LoraBlock, path: str) -> int:

@@ -4,6 +4,7 @@ import functools
 import gc
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch.activations import (
+    FP32_BYTES,
     Adapted,
     MicroBatch,
     Way,
@@ -23,6 +25,7 @@ from launch.activations import (
     passing_bytes,
     saved_bytes,
 )
+from launch.memory import dora_numbers
 from launch.shapes import Base, base_of_config
 from metrics.tokens import loss_and_sums
 
@@ -40,11 +43,13 @@ def config_of(family: str, **sizes: Any) -> dict[str, Any]:
     return given | tiny | FAMILIES[family] | sizes
 
 
-def tuned(config: dict[str, Any], *, dropout: float, attention: str, recomputed: bool) -> torch.nn.Module:
+def tuned(
+    config: dict[str, Any], *, dropout: float, attention: str, recomputed: bool, use_dora: bool = False
+) -> torch.nn.Module:
     settings = AutoConfig.for_model(**config)
     settings._attn_implementation = attention
     model = AutoModelForCausalLM.from_config(settings).to(torch.bfloat16)
-    lora = LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=use_dora)
     peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False).train()
     if recomputed:
         peft_model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -104,6 +109,67 @@ def test_a_layer_keeps_what_autograd_keeps(
     way = Way(2, 2, attention == "eager", False, is_zero3)  # on a CPU a dropout's mask is of the values' type
     layer = layer_saved_bytes(base, adapter_bytes(base, adapted, way)[-1], MicroBatch(50, 50, 1, 1), way)
     assert (kept[1] - kept[0]) / 2 == layer
+
+
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
+def test_dora_keeps_two_results_of_each_layer(dropout: float) -> None:
+    """To the byte, for each token; what does not grow with the tokens is gone when the backward pass begins."""
+    kept = {}
+    for num_layers, num_tokens in ((2, 20), (2, 50), (4, 20), (4, 50)):
+        model = tuned(
+            config_of("qwen2", num_hidden_layers=num_layers),
+            dropout=dropout,
+            attention="eager",
+            recomputed=False,
+            use_dora=True,
+        )
+        kept[num_layers, num_tokens] = kept_by_autograd(model, num_tokens)
+    base, adapted = terms(config_of("qwen2", num_hidden_layers=4), dropout)
+    way, dora = Way(2, 2, True, False, False), replace(adapted, use_dora=True)
+    adapters = adapter_bytes(base, dora, way)
+    layer = [layer_saved_bytes(base, adapters[-1], MicroBatch(count, count, 1, 1), way) for count in (20, 50)]
+    more = [(kept[4, count] - kept[2, count]) // 2 for count in (20, 50)]
+    assert more[1] - more[0] == layer[1] - layer[0]
+    plain = adapter_bytes(base, adapted, way)
+    outputs = sum(outputs for path, (_, outputs) in base.linear_layers.items() if path.startswith("model.layers.0."))
+    assert adapters[0] - plain[0] == 2 * outputs * 2
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 256), (512, 256), (256, 1024)])
+def test_dora_makes_copies_of_the_weight(inputs: int, outputs: int) -> None:
+    """The peak of a layer with two tokens, and the matrices that the plan counts."""
+    layer = torch.nn.Sequential(torch.nn.Linear(inputs, outputs, bias=False)).to(torch.bfloat16)
+    lora = LoraConfig(r=4, lora_dropout=0.1, target_modules=["0"], use_dora=True)
+    model = get_peft_model(layer, lora, autocast_adapter_dtype=False).train()
+    given = torch.randn(2, inputs, dtype=torch.bfloat16, requires_grad=True)
+
+    def work() -> None:
+        model(given).sum().backward()
+
+    work()  # what is made once
+    assert dora_numbers((inputs, outputs)) * 2 <= peak_bytes(work) <= dora_numbers((inputs, outputs)) * 2 * 1.02
+
+
+def test_code_of_their_own_keeps_what_was_counted() -> None:
+    """Bytes of a token counted once (launch/activations.py): layers 64 wide, MLPs 176, four heads, 80 columns, r = 4.
+
+    The code that they were counted with is not here. Formulas say a little more.
+    """
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 512}
+    groups = {"multi_query_attention": True, "multi_query_group_num": 2, "kv_channels": 16, "add_qkv_bias": True}
+    counted: list[tuple[dict[str, Any], float, float]] = [
+        ({"model_type": "BlueLM", "intermediate_size": 176}, 5568.025, 7072.025),
+        ({"model_type": "baichuan", "intermediate_size": 176, "max_position_embeddings": 256}, 3328, 4448),
+        ({"model_type": "baichuan", "intermediate_size": 176, "model_max_length": 256}, 4272.025, 5264.025),
+        ({"model_type": "chatglm", "ffn_hidden_size": 176, **groups}, 3160, 4024),
+        ({"model_type": "chatglm", "inner_hidden_size": 176}, 6520, 7256),
+    ]
+    for config, plain, dropped in counted:
+        for dropout, bytes_of_a_token in ((0.0, plain), (0.1, dropped)):
+            base, adapted = terms(sizes | config, dropout)
+            way = Way(2, 2, False, False, False)
+            layer = layer_saved_bytes(base, adapter_bytes(base, adapted, way)[-1], MicroBatch(160, 80, 1, 1), way)
+            assert 0 <= layer / 160 - bytes_of_a_token <= FP32_BYTES * (base.num_heads + base.head_dim + 6)
 
 
 def test_recomputed_layers_keep_their_inputs() -> None:

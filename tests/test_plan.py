@@ -6,13 +6,17 @@ import resource
 import shlex
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import huggingface_hub
 import pytest
 import yaml
 from conftest import ROOT, World, launch
 from plans_page import page
+from transformers import OPTConfig, OPTForCausalLM
 
 from launch import memory, speed
 from launch.activations import MicroBatch, Way
@@ -75,6 +79,36 @@ def test_offload_costs_more_the_fewer_tokens_a_micro_batch_has() -> None:
         slower.append(seconds[0] / seconds[1])
     assert slower == sorted(slower, reverse=True)
     assert slower[0] > 2 and 1 < slower[-1] < 1.2
+
+
+def test_dora_costs_memory_and_seconds() -> None:
+    """The copies of the widest matrix, two results a layer, and under dropout each product once more."""
+    plain, dora = case_of_14b(hardware()), case_of_14b(hardware(), "adapter.use_dora=true", "adapter.lora_dropout=0.1")
+    before, after = (
+        next(one for one in choices(case) if (one.layout, one.gradient_checkpointing) == ("zero3_no_offload", True))
+        for case in (plain, dora)
+    )
+    copies = (13696 * 13696 + 3 * 13696 * 5120) * 2
+    assert after.demand.gpu["gathered weights"] - before.demand.gpu["gathered weights"] >= copies
+    assert after.largest_budget_tokens < before.largest_budget_tokens
+    batch = MicroBatch(1000, 1000, 100, 100)
+    more = speed.forward_flops(dora.model(False), batch)[0] / speed.forward_flops(plain.model(False), batch)[0]
+    assert 1.8 < more < 2
+
+
+def test_baichuan_13b_holds_its_table_of_positions() -> None:
+    """ALiBi of 40 heads and 4,096 positions, in fp16, on every GPU."""
+    recipe = load_recipe(ROOT / QWEN_14B, ["adapter.target_modules=[W_pack]", "model.attn_implementation=eager"])
+    base = find_base(recipe, Path("tests/model_configs/baichuan2-13b.json"))
+    case = make_case(recipe, base, hardware(), 1.0)
+    assert memory.constants_bytes(case.model(False)) == 40 * 4096 * 4096 * 2
+    assert not case.packed
+
+
+def test_what_a_factory_builds_is_not_planned_in_four_bits() -> None:
+    recipe = load_recipe(ROOT / "configs/recipes/chatglm-6b-own-model.yaml")
+    case = make_case(recipe, find_base(recipe, Path("tests/model_configs/chatglm-6b.json")), hardware(), 1.0)
+    assert {one.load_in_4bit for one in choices(case)} == {False}
 
 
 def test_a_small_model_is_replicated_and_a_large_one_offloaded() -> None:
@@ -295,15 +329,84 @@ def test_a_local_base_is_planned_by_its_own_files(world: World) -> None:
     assert base.num_parameters * 4 == file.stat().st_size - header_bytes
 
 
+COMMIT = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of a hub for `owner/name`, from a directory; it counts the bytes of files."""
+
+    directory: Path
+    sent: ClassVar[list[int]]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        """The repository's files, one of them, or a part of one."""
+        name = self.path.rpartition("/")[2]
+        if self.path.startswith("/api/"):
+            files = [
+                {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "1", "rfilename": path.name}
+                for path in self.directory.iterdir()
+            ]
+            tree: Any = files if "/tree/" in self.path else {"id": "owner/name", "sha": COMMIT, "siblings": files}
+            content = json.dumps(tree).encode()
+        elif (self.directory / name).is_file():
+            content = (self.directory / name).read_bytes()
+        else:
+            self.send_error(404)
+            return
+        whole = len(content)
+        part = self.headers["Range"]
+        if part:
+            first, last = (int(number) for number in part.removeprefix("bytes=").split("-"))
+            content = content[first : last + 1]
+        self.send_response(206 if part else 200)
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content) if self.command == "GET" or not part else whole))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+            self.sent.append(len(content))
+
+    def log_message(self, *given: Any) -> None:
+        """Nothing."""
+
+
+def test_of_a_model_on_the_hub_the_headers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT, whose layers plan does not know, from a hub on this machine: 3 MB of weights, of which 0.1 MB are sent."""
+    settings = {"vocab_size": 3000, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 96, "num_hidden_layers": 2}
+    config = OPTConfig(num_attention_heads=4, max_position_embeddings=9000, **settings)
+    model = OPTForCausalLM(config)
+    model.save_pretrained(str(tmp_path / "there"))
+    monkeypatch.setattr(Hub, "directory", tmp_path / "there", raising=False)
+    monkeypatch.setattr(Hub, "sent", [], raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+    )
+    recipe = load_recipe(ROOT / QWEN_14B, ["model.name_or_path=owner/name"])
+    base = find_base(recipe, None)
+    server.shutdown()
+    assert base.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert (base.layer_prefix, base.intermediate_size) == ("model.decoder.layers.", 96)
+    assert sum(Hub.sent) < 200_000 < base.num_parameters * 4
+
+
 def test_what_cannot_be_planned_is_refused_in_one_sentence(world: World) -> None:
     done = plan("configs/recipes/chatglm-6b-own-model.yaml", *FOUR_V100)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "builds a model of your own, whose layers only its code knows" in done.stderr
     with pytest.raises(ModelError, match="is built on the spot and fits anywhere; plan a real model"):
         find_base(load_recipe(ROOT / "configs/recipes/tiny.yaml"), None)
-    dora = load_recipe(world.recipe("dora", adapter={"use_dora": True}))
-    with pytest.raises(ConfigError, match=r"adapter\.use_dora makes copies of weights"):
-        make_case(dora, find_base(dora, None), hardware(), 1.0)
 
 
 # ---- what ships ----

@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch.adapter import peft_config
 from launch.errors import ConfigError, ModelError
-from launch.recipe import Recipe
+from launch.recipe import LoraBlock, Recipe
 from launch.shapes import Base, base_of_config, read_config, shapes_of_files
-from launch.trained_shapes import trained_shapes
+from launch.trained_shapes import adapted_layers, trained_shapes
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -34,6 +34,16 @@ NUM_PARAMETERS = {
     "qwen2-7b-instruct": 7_615_616_512,
     "phi-2": 2_779_683_840,
     "llama-3-8b": 8_030_261_248,
+}
+OWN_CODE = {
+    "baichuan-7b": 7_000_559_616,
+    "baichuan-13b": 13_264_901_120,
+    "baichuan2-7b": 7_000_559_616 + 2 * (125_696 - 64_000) * 4096,
+    "baichuan2-13b": 13_264_901_120 + 2 * (125_696 - 64_000) * 5120,
+    "bluelm-7b-chat": 2 * 100_096 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11_008 + 2 * 4096) + 3 * 4096,
+    "chatglm-6b": 6_173_286_400,
+    "chatglm3-6b": 6_243_584_000,
+    "glm-4-9b-chat": 9_399_951_360,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": TINY | {"model_type": "qwen2"},
@@ -66,13 +76,107 @@ def tiny_base(name: str = "qwen2") -> Base:
     return base_of_config(VARIANTS[name], name)
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *VARIANTS])
+@pytest.mark.parametrize("name", [*sorted(PUBLISHED.keys() - OWN_CODE.keys()), *VARIANTS])
 def test_shapes_of_a_config_are_those_of_the_class(name: str) -> None:
     config = PUBLISHED.get(name) or VARIANTS[name]
     base = base_of_config(config, name)
     theirs = {path: tuple(parameter.shape) for path, parameter in skeleton(config).named_parameters()}
     assert base.shapes == theirs and list(base.shapes) == list(theirs)
     assert base.num_parameters == NUM_PARAMETERS.get(name, base.num_parameters)
+
+
+@pytest.mark.parametrize("name", OWN_CODE)
+def test_models_with_code_of_their_own_have_the_published_number_of_parameters(name: str) -> None:
+    base = base_of_config(PUBLISHED[name], name)
+    assert (base.num_parameters, base.has_own_code) == (OWN_CODE[name], True)
+    adapted = adapted_layers(LoraBlock(), base)
+    per_layer = {"BlueLM": 7, "baichuan": 1, "chatglm": 1}[base.family]
+    assert len(adapted) == per_layer * base.num_layers
+
+
+def tiny(family: str, **sizes: int | bool) -> dict[str, tuple[int, ...]]:
+    """The embeddings and the first layer, without that layer's prefix, of two of 32 numbers and four heads."""
+    given = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "vocab_size": 512, "model_type": family}
+    base = base_of_config(given | sizes, family)
+    assert base.num_layers == 2 and base.shapes[f"{base.embedding}.weight"] == (512, 32)
+    first, second = (f"{base.layer_prefix}{layer}." for layer in (0, 1))
+    return {name.removeprefix(first): shape for name, shape in base.shapes.items() if second not in name}
+
+
+def test_tensors_of_code_of_their_own() -> None:
+    """Those that the public copies named in launch/shapes.py made at these sizes, by name."""
+    assert tiny("baichuan", intermediate_size=48) == {
+        "model.embed_tokens.weight": (512, 32),
+        "self_attn.W_pack.weight": (96, 32),
+        "self_attn.o_proj.weight": (32, 32),
+        "mlp.gate_proj.weight": (48, 32),
+        "mlp.up_proj.weight": (48, 32),
+        "mlp.down_proj.weight": (32, 48),
+        "input_layernorm.weight": (32,),
+        "post_attention_layernorm.weight": (32,),
+        "model.norm.weight": (32,),
+        "lm_head.weight": (512, 32),
+    }
+    blue = tiny("BlueLM", intermediate_size=48)
+    assert blue["model.embed_layer_norm.bias"] == (32,) and blue["self_attn.v_proj.weight"] == (32, 32)
+    assert tiny("chatglm", inner_hidden_size=48) == {
+        "transformer.word_embeddings.weight": (512, 32),
+        "input_layernorm.weight": (32,),
+        "input_layernorm.bias": (32,),
+        "attention.query_key_value.weight": (96, 32),
+        "attention.query_key_value.bias": (96,),
+        "attention.dense.weight": (32, 32),
+        "attention.dense.bias": (32,),
+        "post_attention_layernorm.weight": (32,),
+        "post_attention_layernorm.bias": (32,),
+        "mlp.dense_h_to_4h.weight": (48, 32),
+        "mlp.dense_h_to_4h.bias": (48,),
+        "mlp.dense_4h_to_h.weight": (32, 48),
+        "mlp.dense_4h_to_h.bias": (32,),
+        "transformer.final_layernorm.weight": (32,),
+        "transformer.final_layernorm.bias": (32,),
+    }
+    groups = {"multi_query_attention": True, "multi_query_group_num": 2, "kv_channels": 8, "add_qkv_bias": True}
+    assert tiny("chatglm", ffn_hidden_size=48, padded_vocab_size=512, **groups | {"vocab_size": 500}) == {
+        "transformer.embedding.word_embeddings.weight": (512, 32),
+        "input_layernorm.weight": (32,),
+        "self_attention.query_key_value.weight": (64, 32),
+        "self_attention.query_key_value.bias": (64,),
+        "self_attention.dense.weight": (32, 32),
+        "post_attention_layernorm.weight": (32,),
+        "mlp.dense_h_to_4h.weight": (96, 32),
+        "mlp.dense_4h_to_h.weight": (32, 48),
+        "transformer.encoder.final_layernorm.weight": (32,),
+        "transformer.output_layer.weight": (512, 32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "prefix"),
+    [
+        (TINY | {"model_type": "gemma", "head_dim": 8}, "model.layers."),
+        (TINY | {"model_type": "phi3", "pad_token_id": 0}, "model.layers."),
+        (TINY | {"model_type": "internlm3", "tie_word_embeddings": True}, "model.layers."),
+        ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 100}, "transformer.h."),
+        ({"model_type": "opt", "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "vocab_size": 100, "max_position_embeddings": 64, "word_embed_proj_dim": 32}, "model.decoder.layers."),
+    ],
+    ids=["gemma", "phi3", "internlm3", "bloom", "opt"],
+)  # fmt: skip
+def test_any_architecture_is_planned_by_its_files(config: dict[str, Any], prefix: str) -> None:
+    """By the names and shapes in them, whatever config.json calls its figures; PEFT trains what is said."""
+    model = skeleton(config)
+    shapes = {path: tuple(parameter.shape) for path, parameter in model.named_parameters()}
+    base = base_of_config(AutoConfig.for_model(**config).to_dict() | config, "base", dict(sorted(shapes.items())))
+    assert (base.is_known, base.layer_prefix, base.shapes) == (False, prefix, shapes)
+    inner = max(shape[1] for path, shape in shapes.items() if path.startswith(prefix) and len(shape) == 2)
+    assert (base.num_layers, base.num_heads, base.intermediate_size) == (2, 4, inner)
+    embedding = model.get_input_embeddings().weight
+    assert dict(model.named_parameters())[f"{base.embedding}.weight"] is embedding
+    recipe = tiny_recipe({"r": 4, "target_modules": "all-linear"})
+    tuned = get_peft_model(model, peft_config(recipe.adapter, base.family, "base"), autocast_adapter_dtype=False)
+    theirs = {path: tuple(p.shape) for path, p in tuned.named_parameters() if p.requires_grad}
+    assert trained_shapes(recipe, base) == theirs
 
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -135,8 +239,12 @@ def test_headers_give_the_shapes_that_the_config_gives(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"layers of model_type 'chatglm'.* the known ones are llama, .*phi, BlueLM"):
-        base_of_config({"model_type": "chatglm"}, "THUDM/chatglm-6b")
+    with pytest.raises(ModelError, match=r"layers of model_type 'bloom'.* the known ones are llama, .*phi, BlueLM"):
+        base_of_config({"model_type": "bloom"}, "bigscience/bloom")
+    with pytest.raises(ModelError, match=r"this mixtral has layers of experts \(num_local_experts = 8\)"):
+        base_of_config({"model_type": "mixtral", "num_local_experts": 8}, "x", {})
+    with pytest.raises(ModelError, match=r"have 0 layers and config.json says 2, so plan does not understand this opt"):
+        base_of_config(TINY | {"model_type": "opt"}, "x", {"embed.weight": (100, 32)})
     with pytest.raises(ModelError, match=r"x: config.json has no vocab_size, which a qwen2 must have"):
         base_of_config({key: value for key, value in VARIANTS["qwen2"].items() if key != "vocab_size"}, "x")
     with pytest.raises(ModelError, match="quantised already"):
