@@ -90,17 +90,27 @@ def forecast(case: Case, sharding: Sharding, batch: MicroBatch, resident_bytes: 
     return Forecast({"Python and libraries": resident_bytes, **terms}, None)
 
 
-def findings(case: Case, sharding: Sharding, expected: Forecast, host_available_bytes: int) -> Iterator[Finding]:
-    """What there is too little memory for; it stops a run only where what must be there is more than there is."""
-    remedy = f"plan would choose {_name(case)}; see python -m launch plan"
+def what_plan_chooses(case: Case) -> Choice | None:
+    """None when nothing fits, on a CPU, and where the plan knows no figures of the GPU."""
+    return recommend(case, choices(case)) if case.hardware.gpu.name in GPUS else None
+
+
+def findings(
+    case: Case, sharding: Sharding, expected: Forecast, chosen: Choice | None, host_available_bytes: int
+) -> Iterator[Finding]:
+    """What a GPU run has too little memory for; it stops only where what must be there is more than there is."""
     limit = expected.limit_bytes
-    if limit is not None and expected.total_bytes > limit:
+    if limit is None:
+        return
+    remedy = f"plan would choose {_name(chosen)}; see python -m launch plan"
+    if expected.total_bytes > limit:
+        words, total = (
+            f"train.max_tokens_per_micro_batch = {case.recipe.train.max_tokens_per_micro_batch} takes",
+            expected.total_bytes,
+        )
         least = sum(expected.terms[name] for name in ("weights", "adapter", "gradients", "optimizer"))
-        words = f"train.max_tokens_per_micro_batch = {case.recipe.train.max_tokens_per_micro_batch} takes"
         if least > limit:
             words, total = "weights, adapter, gradients and optimizer take", least
-        else:
-            total = expected.total_bytes
         yield Finding(
             f"Here {words} {format_bytes(total)} of a GPU by the plan's formulas, which has {format_bytes(limit)}; "
             f"{remedy}.",
@@ -108,7 +118,7 @@ def findings(case: Case, sharding: Sharding, expected: Forecast, host_available_
         )
     model = case.model(case.recipe.model.load_in_4bit)
     needed = sum(host_bytes(case, model, sharding).values())
-    if limit is not None and needed > host_available_bytes:
+    if needed > host_available_bytes:
         yield Finding(
             f"A node's ranks take {format_bytes(needed)} of its memory by the plan's formulas, and "
             f"{format_bytes(host_available_bytes)} are left here; ask Slurm for more (--mem); {remedy}.",
@@ -116,28 +126,21 @@ def findings(case: Case, sharding: Sharding, expected: Forecast, host_available_
         )
 
 
-def plan_line(case: Case, sharding: Sharding) -> str:
-    """Whether the plan would choose this, for the banner; empty where it knows no figures of the GPU."""
+def plan_line(case: Case, sharding: Sharding, chosen: Choice | None) -> str:
+    """Whether the plan would choose what runs, for the banner; empty where it knows no figures of the GPU."""
     if case.hardware.gpu.name not in GPUS:
         return ""
-    chosen = _chosen(case)
-    if chosen is None:
-        return "would have nothing that fits; see python -m launch plan"
     train = case.recipe.train
     is_same = (
-        read_sharding(chosen.layout) == sharding
+        chosen is not None
+        and read_sharding(chosen.layout) == sharding
         and chosen.gradient_checkpointing == train.gradient_checkpointing
         and chosen.load_in_4bit == case.recipe.model.load_in_4bit
         and train.max_tokens_per_micro_batch <= chosen.largest_budget_tokens
         and train.max_tokens_per_micro_batch >= chosen.budget_tokens * (1 - RESERVED_SHARE)
     )
-    return "chooses this, too" if is_same else f"would choose {_name(case)}; see python -m launch plan"
+    return "chooses this, too" if is_same else f"would choose {_name(chosen)}; see python -m launch plan"
 
 
-def _chosen(case: Case) -> Choice | None:
-    return recommend(case, choices(case))
-
-
-def _name(case: Case) -> str:
-    chosen = _chosen(case) if case.hardware.gpu.name in GPUS else None
-    return "nothing" if chosen is None else f"{layout_name(chosen)}, {chosen.budget_tokens:,} tokens a micro-batch"
+def _name(chosen: Choice | None) -> str:
+    return "nothing here" if chosen is None else f"{layout_name(chosen)}, {chosen.budget_tokens:,} tokens a micro-batch"

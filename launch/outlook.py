@@ -14,7 +14,7 @@ from launch import runs
 from launch.activations import MicroBatch
 from launch.errors import ConfigError, ModelError
 from launch.findings import Finding
-from launch.forecast import Forecast, findings, forecast, hardware_of_run, plan_line
+from launch.forecast import Forecast, findings, forecast, hardware_of_run, plan_line, what_plan_chooses
 from launch.free_memory import available_bytes
 from launch.plan import Case, base_at, is_packed, sharding_of
 from launch.recipe import Recipe
@@ -66,9 +66,10 @@ def look_ahead(
         expected = forecast(case, sharding, _largest(case, samples), None if on_gpu else _resident_bytes())
     except (ConfigError, ModelError) as error:  # of models that no formula covers
         return Outlook(None, "", str(error).rstrip("."), ())
-    found = tuple(findings(case, sharding, expected, host_available_bytes))
+    chosen = what_plan_chooses(case)
+    found = tuple(findings(case, sharding, expected, chosen, host_available_bytes))
     _forget_peak()
-    return Outlook(expected, plan_line(case, sharding) if on_gpu else "", "", found)
+    return Outlook(expected, plan_line(case, sharding, chosen), "", found)
 
 
 def peak_memory_bytes() -> int:

@@ -9,7 +9,7 @@ from test_plan import CONFIG_14B, QWEN_14B
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2TokenizerFast
 
 from launch.config import load_recipe
-from launch.forecast import findings, forecast, hardware_of_run, plan_line
+from launch.forecast import findings, forecast, hardware_of_run, plan_line, what_plan_chooses
 from launch.hardware import GPUS
 from launch.plan import Case, choose, find_base, read_sharding
 
@@ -39,28 +39,32 @@ def test_what_does_not_fit_is_said_and_stops_only_where_it_must() -> None:
     for layout, tokens, stops in (("zero3_no_offload", 7360, None), ("zero3_no_offload", 40_000, False)):
         sharding = read_sharding(layout)
         expected = forecast(case, sharding, case.micro_batch(tokens), None)
-        found = list(findings(case, sharding, expected, HOST_BYTES))
+        found = list(findings(case, sharding, expected, what_plan_chooses(case), HOST_BYTES))
         assert [finding.stops for finding in found] == ([] if stops is None else [stops])
     assert "of a GPU by the plan's formulas, which has 34.1 GB; plan would choose zero3_no_offload" in found[0].sentence
 
     small = case_of_14b(("Tesla V100-PCIE-16GB", GPUS["v100-16gb"].memory_bytes))
     sharding = read_sharding("zero2_no_offload")
-    (found_whole,) = findings(small, sharding, forecast(small, sharding, small.micro_batch(512), None), HOST_BYTES)
+    expected = forecast(small, sharding, small.micro_batch(512), None)
+    (found_whole,) = findings(small, sharding, expected, None, HOST_BYTES)
     assert found_whole.stops and found_whole.sentence.startswith("Here weights, adapter, gradients and optimizer take ")
 
 
 def test_a_node_without_the_memory_is_said() -> None:
     case, sharding = case_of_14b(), read_sharding("zero3")
     expected = forecast(case, sharding, case.micro_batch(1024), None)
-    (found,) = findings(case, sharding, expected, 20_000_000_000)
+    (found,) = findings(case, sharding, expected, None, 20_000_000_000)
     assert not found.stops and "and 20 GB are left here; ask Slurm for more (--mem)" in found.sentence
 
 
 def test_the_plan_is_compared_with_the_layout_that_runs() -> None:
     case = case_of_14b(V100, "train.max_tokens_per_micro_batch=7360", "train.gradient_checkpointing=true")
-    assert plan_line(case, read_sharding("zero3_no_offload")) == "chooses this, too"
-    assert plan_line(case, read_sharding("zero3")).startswith("would choose zero3_no_offload with gradient checkpoint")
-    assert plan_line(case_of_14b(("A GPU of tomorrow", 10**11)), read_sharding("zero3")) == ""
+    chosen = what_plan_chooses(case)
+    assert plan_line(case, read_sharding("zero3_no_offload"), chosen) == "chooses this, too"
+    said = plan_line(case, read_sharding("zero3"), chosen)
+    assert said.startswith("would choose zero3_no_offload with gradient checkpointing, 7,360 tokens a micro-batch; see")
+    unknown = case_of_14b(("A GPU of tomorrow", 10**11))
+    assert what_plan_chooses(unknown) is None and plan_line(unknown, read_sharding("zero3"), None) == ""
 
 
 def test_a_run_compares_its_peak_with_the_forecast(world: World, capfd: pytest.CaptureFixture[str]) -> None:
