@@ -28,7 +28,7 @@ LAYERS = (
     "launch.data_report launch.plan_report",
     "launch.data launch.data_page",
     "launch.tiny launch.quantisation launch.shards launch.adapter launch.engine launch.packing",
-    "launch.merge_rule launch.merge_output",
+    "launch.merge_rule launch.merge_output launch.training_state",
     "launch.merge_plan",
     "launch.job",
     "launch.report",
