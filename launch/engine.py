@@ -35,10 +35,14 @@ from transformers.integrations.deepspeed import (  # noqa: E402
     unset_hf_deepspeed_config,
 )
 
-from launch.errors import PreflightError  # noqa: E402
+from launch.errors import PreflightError, TrainingError  # noqa: E402
 from launch.recipe import Recipe, TrainBlock  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's AdamW
+NOTHING_REACHES_THE_LOSS = (
+    "Nothing that is trained reaches the loss: the forward pass does not use what the adapted modules compute; name "
+    "others in adapter.target_modules"
+)
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which is untyped
 
@@ -63,10 +67,15 @@ def choose_precision(wanted: str) -> tuple[str, str]:
         return wanted, "the recipe says so"
     if not torch.cuda.is_available():
         return "fp32", "there is no GPU"
-    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    if capability >= (8, 0):
+    name = torch.cuda.get_device_name()
+    if has_bf16_units():
         return "bf16", f"{name} has bf16 units"
     return "fp16", f"{name} has no bf16 units"
+
+
+def has_bf16_units() -> bool:
+    """Whether there is a GPU that has them; torch says yes for others as well, which emulate bf16."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def check_process_count(num_local_processes: int, num_gpus: int) -> None:
@@ -164,6 +173,7 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
     if engine.zero_optimization_stage() < 3:
         engine.optimizer._hp_optimizer_states_linked = False  # linked to the state before it existed
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+    _check_masters(engine)
     if engine.fp16_enabled() and not isinstance(engine.optimizer.loss_scaler, DynamicLossScaler):
         raise PreflightError(
             "fp16 would train without a dynamic loss scaler; set fp16.loss_scale to 0 in the DeepSpeed JSON."
@@ -171,6 +181,18 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
     if engine.fp16_enabled():
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # train.max_bad_steps decides, for any precision
     return engine
+
+
+def _check_masters(engine: Engine) -> None:
+    """AssertionError for a trainable parameter that the optimizer does not know, or not in fp32."""
+    optimizer = engine.optimizer
+    for name, parameter in trainable_parameters(engine):
+        if engine.zero_optimization_stage() == 3:
+            has_master = optimizer.get_param_id(parameter) in optimizer.grad_position
+        else:
+            has_master = hasattr(parameter, "_hp_mapping")
+        assert has_master, f"{name} is trained, and has no master"
+    assert {group.dtype for group in flat_groups(engine)} == {torch.float32}, "masters are fp32"
 
 
 def _adamw(model: torch.nn.Module, train: TrainBlock) -> torch.optim.Optimizer:
@@ -204,7 +226,10 @@ def backward(engine: Engine, loss: torch.Tensor, *, is_last: bool) -> None:
     """Add this micro-batch's gradient; `is_last` marks the one before `step`.
 
     `loss` is this rank's share of the step's loss. DeepSpeed averages over the ranks, hence the factor.
+    Raises TrainingError when nothing that is trained is in it.
     """
+    if not loss.requires_grad:
+        raise TrainingError(f"{NOTHING_REACHES_THE_LOSS}.")
     engine.set_gradient_accumulation_boundary(is_last)
     engine.backward(loss * dist.get_world_size())
 
@@ -230,6 +255,11 @@ def trainable_parameters(engine: Engine) -> Iterator[tuple[str, torch.nn.Paramet
 def loss_scale(engine: Engine) -> float | None:
     """The current loss scale; None without fp16."""
     return float(engine.optimizer.loss_scaler.cur_scale) if engine.fp16_enabled() else None
+
+
+def lowest_loss_scale(engine: Engine) -> float:
+    """To which the loss scaler goes down; for fp16."""
+    return float(engine.optimizer.loss_scaler.min_scale)
 
 
 @contextmanager
@@ -306,6 +336,14 @@ def bytes_on_this_rank(engine: Engine) -> dict[str, int]:
         weights += kept.numel() * kept.element_size()
     optimizer = sum(group.numel() * group.element_size() * (1 + len(MOMENTS)) for group in flat_groups(engine))
     return {"weights": weights, "optimizer": optimizer}
+
+
+def checksum_of_masters(engine: Engine) -> int:
+    """Of the bits of this rank's fp32 masters, which takes no memory: another one as soon as one of them has moved."""
+    # In pieces: a sum may first make them int64.
+    bits = [group.detach().view(torch.int32) for group in flat_groups(engine)]
+    pieces = [group[start : start + (1 << 22)] for group in bits for start in range(0, len(group), 1 << 22)]
+    return int(torch.stack([piece.sum() for piece in pieces]).sum())
 
 
 def flat_groups(engine: Engine) -> list[torch.Tensor]:
