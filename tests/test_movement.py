@@ -117,9 +117,14 @@ def test_masters_that_stand_and_copies_that_are_not_theirs_are_told_apart(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prompt", "mlp", "prefix", "lora"])
+@pytest.mark.parametrize("name", ["prompt", "mlp", "prefix", "lora", "dora", "tokens"])
 def test_what_learns_goes_on(world: World, name: str) -> None:
-    adapter = SOFT.get(name, {"r": 4, "modules_to_save": ["lm_head"]})
+    lora = {
+        "lora": {"r": 4, "modules_to_save": ["lm_head"]},
+        "dora": {"r": 4, "use_dora": True},
+        "tokens": {"r": 4, "trainable_token_indices": [3, 70]},
+    }
+    adapter = (SOFT | lora)[name]
     train_block = {"max_steps": 12, "learning_rate": 1e-6, "max_grad_norm": 0, "precision": "bf16"}
     recipe = world.recipe(f"learns-{name}", adapter=adapter, data={"test_size": 0}, train=train_block)
     assert run_ranks(2, train.main, [str(recipe)]) == [0, 0]
