@@ -38,20 +38,31 @@ def check_movement(engine: engines.Engine, checksum_before: int, *, has_gradient
             f"The adapter has not moved {updates}: every gradient was exactly zero. {engines.NOTHING_REACHES_THE_LOSS}"
             f"{too_small}."
         )
-    moved = torch.tensor(float(engines.checksum_of_masters(engine) != checksum_before), device=engine.device)
-    dist.all_reduce(moved)
-    if not moved:
+    stale = [name for name, parameter in engines.trainable_parameters(engine) if not _is_copied(parameter)]
+    has_moved = engines.checksum_of_masters(engine) != checksum_before
+    num_moved, num_stale = _sums(engine.device, has_moved, len(stale))
+    if not num_moved:
         raise TrainingError(
             f"The adapter has not moved {updates}, though it has gradients: no fp32 master has changed by a bit; raise "
             "train.learning_rate."
         )
-    for name, parameter in engines.trainable_parameters(engine):
-        master = engines.whole_master(parameter)
-        with engines.whole_parameter(parameter) as used:
-            is_copied = torch.equal(used, master.to(used.device, used.dtype))
-        if not is_copied:
-            raise TrainingError(
-                f"{name} is not what was trained {updates}: its fp32 master has moved, and the copy in {used.dtype} "
-                "that the forward pass uses is not that master, rounded. That is a fault of DeepSpeed's partitions; "
-                "try another ZeRO stage (--config_file configs/accelerate/zero2.yaml)."
-            )
+    if num_stale:
+        raise TrainingError(
+            f"{stale[0] if stale else 'A parameter of another rank'} is not what was trained {updates}: what the "
+            "forward pass uses is not its fp32 master, rounded. That is a fault of DeepSpeed's partitions; try another "
+            "ZeRO stage, such as --config_file configs/accelerate/zero2.yaml."
+        )
+
+
+def _is_copied(parameter: torch.nn.Parameter) -> bool:
+    """Whether this rank computes with the fp32 master, rounded; a collective."""
+    master = engines.whole_master(parameter)
+    with engines.whole_parameter(parameter) as used:
+        return torch.equal(used, master.to(used.device, used.dtype))
+
+
+def _sums(device: torch.device, *counts: int) -> list[float]:
+    """Over all ranks."""
+    sums = torch.tensor(counts, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return list(sums.tolist())
