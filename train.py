@@ -40,7 +40,9 @@ from launch.job import Job, evaluate, gives_up_step
 from launch.merge_rule import DTYPES, choose_dtype
 from launch.model import tokenizer_and_template
 from launch.modes import keep_private
+from launch.movement import Movement
 from launch.outlook import look_ahead
+from launch.overflow import Overflows
 from launch.packing import choose_packing, forward_arguments
 from launch.recipe import Recipe
 from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
@@ -213,7 +215,6 @@ def optimizer_steps(
     num_trained = job.samples.num_trained
     first_step = checkpoint.step if checkpoint else 0
     skipped_steps = int(checkpoint.state["skipped_steps"]) if checkpoint else 0
-    bad_steps = 0  # in a row
     log = RunLog(
         recipe.run_directory,
         job.accelerator,
@@ -225,6 +226,7 @@ def optimizer_steps(
 
     facts = {"identity": job.identity, "versions": versions()}
     saves = Saves(job, log, writer, evaluations, facts=facts, first_step=first_step)
+    overflows, movement = Overflows(engine, log.say), Movement(engine)
 
     def leave_word() -> None:
         if job.accelerator.is_main_process:
@@ -291,13 +293,11 @@ def optimizer_steps(
         if is_tight and not polls:
             log.say(job.deadline.warning())
         polls = is_tight
-        bad_steps = bad_steps + 1 if skipped else 0
-        if bad_steps >= settings.max_bad_steps:
+        movement.after_step(gradient_norm=gradient_norm, learning_rate=learning_rate, skipped=skipped)
+        overflows.after_step(done, skipped=skipped)
+        if overflows.num_in_a_row >= settings.max_bad_steps:
             saves.finish()
-            raise TrainingError(
-                f"The last {bad_steps} steps were skipped, since their gradients were not finite; lower "
-                f"train.learning_rate, look at the rows, or raise train.max_bad_steps{saves.last_good()}."
-            )
+            raise TrainingError(f"{overflows.sentence()}{saves.last_good()}.")
         if stop:
             return stopped_after(done)
         if is_last or save_is_due or done % settings.save_steps == 0:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from launch import engine as engines
+from launch import training_state
 from launch.adapter import ADAPTER_NAME, WEIGHTS_FILE, exported_state
 from launch.errors import CheckpointError, UnreadableError, first_line
 from launch.lock import end_if_lost
@@ -65,7 +66,7 @@ class Snapshot:
     """A whole checkpoint in memory: nothing of it changes while the training goes on."""
 
     step: int
-    tensors: dict[str, torch.Tensor]  # fp32 masters and moments, as engine.gather_training_state names them
+    tensors: dict[str, torch.Tensor]  # fp32 masters and moments, as training_state.gather names them
     adapter: dict[str, torch.Tensor]  # what PEFT reads
     state: dict[str, Any]  # state.json
     peft_config: PeftConfig
@@ -79,11 +80,11 @@ def take_snapshot(
 
     `facts` go into state.json; their `step` names the checkpoint.
     """
-    tensors = engines.gather_training_state(engine)
+    tensors = training_state.gather(engine)
     if torch.distributed.get_rank() != 0:
         return None
     masters = {name.removesuffix(".master"): t for name, t in tensors.items() if name.endswith(".master")}
-    state = {"adam_step": engines.adam_step(engine), "scaler": engines.scaler_state(engine), **facts}
+    state = {"adam_step": training_state.adam_step(engine), "scaler": training_state.scaler_state(engine), **facts}
     adapter = exported_state(model, masters)
     return Snapshot(int(facts["step"]), tensors, adapter, state, model.peft_config[ADAPTER_NAME], tokenizer)
 
@@ -261,8 +262,8 @@ def restore(checkpoint: Resumable, engine: engines.Engine) -> None:
         tensors = load_file(checkpoint.path / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:  # somebody has written a manifest for it
         raise CheckpointError(f"{checkpoint.path}: optimizer.safetensors is none: {first_line(error)}.") from None
-    engines.restore_training_state(engine, tensors, int(checkpoint.state["adam_step"]))
-    engines.restore_scaler(engine, checkpoint.state["scaler"])
+    training_state.restore(engine, tensors, int(checkpoint.state["adam_step"]))
+    training_state.restore_scaler(engine, checkpoint.state["scaler"])
 
 
 def identity_of_file(path: Path) -> Identity:

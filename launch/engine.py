@@ -1,4 +1,4 @@
-"""All that knows DeepSpeed's inside: set-up, the accumulation boundary, whole states in and out, the loss scaler.
+"""What knows DeepSpeed's inside: set-up, the accumulation boundary, whole parameters; training_state.py has the rest.
 
 Facts about DeepSpeed 0.19 that the functions rest on are told where they are used; the exact pins are in
 requirements.txt, and tests/test_step.py and tests/test_resume.py fail when one of them no longer holds.
@@ -23,14 +23,7 @@ import transformers  # noqa: E402
 from accelerate import Accelerator, InitProcessGroupKwargs  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from peft.optimizers import create_loraplus_optimizer  # noqa: E402
 from torch.distributed.distributed_c10d import _get_default_store  # noqa: E402
@@ -42,11 +35,14 @@ from transformers.integrations.deepspeed import (  # noqa: E402
     unset_hf_deepspeed_config,
 )
 
-from launch.errors import CheckpointError, PreflightError  # noqa: E402
+from launch.errors import PreflightError, TrainingError  # noqa: E402
 from launch.recipe import Recipe, TrainBlock  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's AdamW
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+NOTHING_REACHES_THE_LOSS = (
+    "Nothing that is trained reaches the loss: the forward pass does not use what the adapted modules compute; name "
+    "others in adapter.target_modules"
+)
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which is untyped
 
@@ -71,10 +67,15 @@ def choose_precision(wanted: str) -> tuple[str, str]:
         return wanted, "the recipe says so"
     if not torch.cuda.is_available():
         return "fp32", "there is no GPU"
-    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    if capability >= (8, 0):
+    name = torch.cuda.get_device_name()
+    if has_bf16_units():
         return "bf16", f"{name} has bf16 units"
     return "fp16", f"{name} has no bf16 units"
+
+
+def has_bf16_units() -> bool:
+    """Whether there is a GPU that has them; torch says yes for others as well, which emulate bf16."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def check_process_count(num_local_processes: int, num_gpus: int) -> None:
@@ -164,7 +165,7 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
             "whose state cannot be saved for another number of ranks; set stage 2 or 3 in the DeepSpeed JSON."
         )
     engine.train()  # from_pretrained leaves the model in eval mode, without dropout and gradient checkpointing
-    for group in _flat_groups(engine):
+    for group in flat_groups(engine):
         state = engine.optimizer.optimizer.state[group]
         state["step"] = torch.zeros((), dtype=torch.float32, device=group.device)
         for moment in MOMENTS:
@@ -172,6 +173,7 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
     if engine.zero_optimization_stage() < 3:
         engine.optimizer._hp_optimizer_states_linked = False  # linked to the state before it existed
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+    _check_masters(engine)
     if engine.fp16_enabled() and not isinstance(engine.optimizer.loss_scaler, DynamicLossScaler):
         raise PreflightError(
             "fp16 would train without a dynamic loss scaler; set fp16.loss_scale to 0 in the DeepSpeed JSON."
@@ -179,6 +181,18 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
     if engine.fp16_enabled():
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # train.max_bad_steps decides, for any precision
     return engine
+
+
+def _check_masters(engine: Engine) -> None:
+    """AssertionError for a trainable parameter that the optimizer does not know, or not in fp32."""
+    optimizer = engine.optimizer
+    for name, parameter in trainable_parameters(engine):
+        if engine.zero_optimization_stage() == 3:
+            has_master = optimizer.get_param_id(parameter) in optimizer.grad_position
+        else:
+            has_master = hasattr(parameter, "_hp_mapping")
+        assert has_master, f"{name} is trained, and has no master"
+    assert {group.dtype for group in flat_groups(engine)} == {torch.float32}, "masters are fp32"
 
 
 def _adamw(model: torch.nn.Module, train: TrainBlock) -> torch.optim.Optimizer:
@@ -212,7 +226,10 @@ def backward(engine: Engine, loss: torch.Tensor, *, is_last: bool) -> None:
     """Add this micro-batch's gradient; `is_last` marks the one before `step`.
 
     `loss` is this rank's share of the step's loss. DeepSpeed averages over the ranks, hence the factor.
+    Raises TrainingError when nothing that is trained is in it.
     """
+    if not loss.requires_grad:
+        raise TrainingError(f"{NOTHING_REACHES_THE_LOSS}.")
     engine.set_gradient_accumulation_boundary(is_last)
     engine.backward(loss * dist.get_world_size())
 
@@ -235,74 +252,14 @@ def trainable_parameters(engine: Engine) -> Iterator[tuple[str, torch.nn.Paramet
     return ((name, p) for name, p in engine.module.named_parameters() if p.requires_grad)
 
 
-def gather_training_state(engine: Engine) -> dict[str, torch.Tensor]:
-    """fp32 masters and moments, whole, as `<name>.master | .exp_avg | .exp_avg_sq`, on the CPU of rank zero.
-
-    A collective, one tensor at a time; the other ranks get an empty dict.
-    """
-    state = {}
-    for name, parameter in trainable_parameters(engine):
-        whole = {"master": safe_get_full_fp32_param(parameter)}
-        whole |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-        if dist.get_rank() == 0:
-            for key, tensor in whole.items():
-                tensor = tensor.detach().to("cpu", copy=True)
-                state[f"{name}.{key}"] = tensor.reshape(whole_shape(parameter)).contiguous()
-    return state
-
-
-def restore_training_state(engine: Engine, state: dict[str, torch.Tensor], adam_step: int) -> None:
-    """The inverse of `gather_training_state` on any number of ranks and any ZeRO stage; every rank passes the whole.
-
-    Raises CheckpointError when names or shapes differ from the model's.
-    """
-    expected = {
-        f"{name}.{key}": whole_shape(parameter)
-        for name, parameter in trainable_parameters(engine)
-        for key in ("master", *MOMENTS)
-    }
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise CheckpointError(
-                f"The checkpoint does not fit the model: {name} has shape {found.get(name, 'none')} in the checkpoint "
-                f"and {expected.get(name, 'none')} in the model."
-            )
-    if engine.zero_optimization_stage() == 3:
-        _restore_partitions(engine, state)
-    else:
-        for name, parameter in trainable_parameters(engine):
-            master = state[f"{name}.master"]
-            safe_set_full_fp32_param(parameter, master)
-            parameter.data.copy_(master)
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{name}.{moment}"], moment)
-    for group in _flat_groups(engine):
-        engine.optimizer.optimizer.state[group]["step"].fill_(adam_step)
-
-
-def adam_step(engine: Engine) -> int:
-    """Updates that Adam has made; skipped steps are not among them."""
-    return int(engine.optimizer.optimizer.state[_flat_groups(engine)[0]]["step"])
-
-
 def loss_scale(engine: Engine) -> float | None:
     """The current loss scale; None without fp16."""
     return float(engine.optimizer.loss_scaler.cur_scale) if engine.fp16_enabled() else None
 
 
-def scaler_state(engine: Engine) -> dict[str, float | int]:
-    """Every changing field of the dynamic loss scaler; empty when there is none."""
-    scaler = engine.optimizer.loss_scaler
-    return {field: getattr(scaler, field) for field in _SCALER_FIELDS} if engine.fp16_enabled() else {}
-
-
-def restore_scaler(engine: Engine, state: dict[str, float | int]) -> None:
-    """The inverse of `scaler_state`. The precision of a run does not change (same_run.check_same_run)."""
-    for field, value in state.items():
-        if field not in _SCALER_FIELDS:
-            raise CheckpointError(f"The checkpoint's loss scaler has a field {field!r} that is not known.")
-        setattr(engine.optimizer.loss_scaler, field, value)
+def lowest_loss_scale(engine: Engine) -> float:
+    """To which the loss scaler goes down; for fp16."""
+    return float(engine.optimizer.loss_scaler.min_scale)
 
 
 @contextmanager
@@ -377,33 +334,20 @@ def bytes_on_this_rank(engine: Engine) -> dict[str, int]:
     for parameter in engine.module.parameters():
         kept = getattr(parameter, "ds_tensor", parameter)
         weights += kept.numel() * kept.element_size()
-    optimizer = sum(group.numel() * group.element_size() * (1 + len(MOMENTS)) for group in _flat_groups(engine))
+    optimizer = sum(group.numel() * group.element_size() * (1 + len(MOMENTS)) for group in flat_groups(engine))
     return {"weights": weights, "optimizer": optimizer}
 
 
-def _flat_groups(engine: Engine) -> list[torch.Tensor]:
+def checksum_of_masters(engine: Engine) -> int:
+    """Of the bits of this rank's fp32 masters, which takes no memory: another one as soon as one of them has moved."""
+    # In pieces: a sum may first make them int64.
+    bits = [group.detach().view(torch.int32) for group in flat_groups(engine)]
+    pieces = [group[start : start + (1 << 22)] for group in bits for start in range(0, len(group), 1 << 22)]
+    return int(torch.stack([piece.sum() for piece in pieces]).sum())
+
+
+def flat_groups(engine: Engine) -> list[torch.Tensor]:
     """The fp32 master partitions that the torch optimizer updates."""
     if engine.zero_optimization_stage() == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return list(engine.optimizer.single_partition_of_fp32_groups)
-
-
-def _restore_partitions(engine: Engine, state: dict[str, torch.Tensor]) -> None:
-    """ZeRO-3: safe_set_full_* wants sizes that divide by the ranks, so each rank slices and pads its own part."""
-    rank = dist.get_rank()
-    for name, parameter in trainable_parameters(engine):
-        partition: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed adds it
-        part_size = partition.numel()
-        for key in ("master", *MOMENTS):
-            part = state[f"{name}.{key}"].flatten()[part_size * rank :][:part_size]  # of a mapped file: no more is read
-            part = torch.nn.functional.pad(part, (0, part_size - part.numel()))
-            if key == "master":
-                safe_set_local_fp32_param(parameter, part)
-            else:
-                safe_set_local_optimizer_state(parameter, part, key)
-    for index in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
-        engine.optimizer._reassign_or_swap_out_partitioned_parameters(index)  # fp32 masters -> 16-bit partitions
-    persistent = engine.optimizer.persistent_parameters  # small ones, which stay whole on every rank
-    if persistent:
-        persistent[0].partition(persistent)
-        persistent[0].all_gather(persistent)

@@ -113,7 +113,8 @@ class Saves:
         """What a sentence about an end adds; only rank zero knows."""
         if dist.get_rank() != 0:
             return ""
-        return f"; the last good checkpoint is that of step {self.good_step}" if self.good_step else "; there is none"
+        there_is = f"the last good checkpoint is that of step {self.good_step}"
+        return f"; {there_is if self.good_step else 'there is no checkpoint'}"
 
     def _settle(self) -> None:
         """Wait for what is being written."""

@@ -40,6 +40,7 @@ class RunStatus:
     total_steps: int | None = None
     step_seconds: float | None = None  # since the last step was done
     training: Figures | None = None
+    num_skipped_steps: int = 0  # since their gradients were not finite
     evaluation: Figures | None = None
     tokens_per_second: float | None = None
     seconds_per_step: float | None = None
@@ -202,6 +203,7 @@ def _with_progress(run: RunStatus, directory: Path, status: Mapping[str, Any], n
         total_steps=total if total is not None else (done if run.state == "finished" else None),
         step_seconds=_since(now, when),
         training=training,
+        num_skipped_steps=_whole(found["train"][0].get("skipped_steps")) or 0 if training else 0,
         evaluation=evaluation,
         tokens_per_second=_number(found["train"][0].get("tokens_per_second")) if training else None,
         seconds_per_step=_seconds_per_step(found["train"], found["start"]),

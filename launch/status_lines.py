@@ -64,7 +64,8 @@ def block(run: RunStatus) -> str:
     rows = [("run", _PATH), ("state", state)]
     if run.step is not None:
         rows.append(("step", _step_line(run)))
-    rows += [("training", _figures_line(run.training))] if run.training else []
+    skipped = f"; skipped so far: {run.num_skipped_steps:,}" if run.num_skipped_steps else ""
+    rows += [("training", _figures_line(run.training) + skipped)] if run.training else []
     rows += [("evaluation", _figures_line(run.evaluation))] if run.evaluation else []
     speed = [f"{run.tokens_per_second:,.0f} tokens/s"] if run.tokens_per_second is not None else []
     speed += [f"{run.seconds_per_step:.3g} s a step"] if run.seconds_per_step is not None else []

@@ -87,12 +87,34 @@ class PackableModel(OwnModel):
         return SimpleNamespace(logits=functional.linear(hidden, self.word_embeddings.weight))
 
 
+class DeadEndModel(OwnModel):
+    """Has a module that no logit depends on: what it computes is thrown away, or taken times zero."""
+
+    def __init__(self, *, is_thrown_away: bool) -> None:
+        super().__init__()
+        self.dead_end = nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE)
+        self.is_thrown_away = is_thrown_away
+
+    def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
+        hidden = super().hidden_states(input_ids, position_ids, sees)
+        wasted = self.dead_end(hidden)
+        return hidden if self.is_thrown_away else hidden + 0 * wasted
+
+
 def build() -> nn.Module:
     return OwnModel()
 
 
 def build_packable() -> nn.Module:
     return PackableModel()
+
+
+def build_with_a_dead_end() -> nn.Module:
+    return DeadEndModel(is_thrown_away=False)
+
+
+def build_with_an_unused_module() -> nn.Module:
+    return DeadEndModel(is_thrown_away=True)
 
 
 def build_with_a_table() -> nn.Module:

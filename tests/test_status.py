@@ -151,6 +151,13 @@ def test_what_to_do_with_a_run_that_is_finished(tmp_path: Path) -> None:
     assert " left" not in block(read(directory))
 
 
+def test_skipped_steps_are_shown(tmp_path: Path) -> None:
+    directory = ended(tmp_path / "r")
+    assert "skipped so far" not in block(read(directory))
+    runs.append_metrics(directory, train_record(60, skipped_steps=3))
+    assert "  training    loss 1.4000, accuracy 0.300, after step 60; skipped so far: 3\n" in block(read(directory))
+
+
 def test_a_killed_run_says_so(tmp_path: Path) -> None:
     """Its status says running; the next start, or another command, may have the directory meanwhile."""
     directory = tmp_path / "r"

@@ -16,6 +16,9 @@ from launch import job, runs
 from launch.checkpoint import path_of_step
 
 SETTINGS = {"max_steps": 6, "save_steps": 2, "max_bad_steps": 3}
+FIRST_GRADIENT = (
+    "every output is finite, but a gradient is not: from the loss back, first that of the output of lm_head (Linear)"
+)
 
 
 def poisoned(steps: range, precision: str, arguments: list[str]) -> int:
@@ -67,9 +70,16 @@ def test_bad_steps_in_a_row_end_the_run(world: World, capfd: pytest.CaptureFixtu
     assert run_ranks(1, poisoned, range(3, 7), "fp32", [str(recipe)]) == [1]
     captured = capfd.readouterr()
     assert "loss    nan" in captured.out
-    assert "Failed: The last 3 steps were skipped, since their gradients were not finite" in captured.err
+    assert f"Failed: The last 3 steps were skipped, since {FIRST_GRADIENT}; lower train.learning_rate" in captured.err
     assert "the last good checkpoint is that of step 4" in captured.err
     assert runs.read_status(world.run_directory("many"))["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_rank_zero_tells_what_another_rank_found(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe("other-rank", train={"max_steps": 4})
+    assert run_ranks(2, poisoned, range(1, 5), "fp32", [str(recipe)]) == [0, 0]
+    assert f"Steps 1 to 3 were skipped: {FIRST_GRADIENT}.\n" in capfd.readouterr().out
 
 
 @pytest.mark.slow
@@ -79,7 +89,7 @@ def test_an_overflow_storm_is_bounded_by_the_same_number(world: World, capfd: py
     assert run_ranks(1, poisoned, range(1, 31), "fp16", [str(recipe)]) == [1]
     captured = capfd.readouterr()
     assert "skipped 20" in captured.out and "skipped 21" not in captured.out
-    assert "Failed: The last 20 steps were skipped" in captured.err and "there is none" in captured.err
+    assert "Failed: The last 20 steps were skipped" in captured.err and "there is no checkpoint" in captured.err
 
 
 def test_a_base_that_says_nothing_finite_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:
