@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch import batching, preflight, runs
+from launch import batching, preflight, runs, worst_case
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import merge as merging
@@ -132,11 +132,6 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     stopwatch.end("base")
     engine = engines.start_engine(accelerator, model, recipe.train)
     stopwatch.end("engine")
-    if checkpoint is not None:
-        checkpoints.restore(checkpoint, engine)
-    stopwatch.end("resume")
-
-    # ---- optimizer steps ---------------------------------------------------------------------------------------------
     packed, packing = choose_packing(
         recipe.train.packing, recipe.adapter.num_virtual_tokens, engine, base, samples, accelerator.device
     )
@@ -147,6 +142,13 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     job = Job(
         recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, identity, watchdog, deadline
     )
+    worst_case.rehearse(job)
+    stopwatch.end("worst case")
+    if checkpoint is not None:
+        checkpoints.restore(checkpoint, engine)
+    stopwatch.end("resume")
+
+    # ---- optimizer steps ---------------------------------------------------------------------------------------------
     resumed_after = checkpoint.step if checkpoint else None
     start_trackers(accelerator, recipe, resumed_after)
     stopwatch.end("trackers")

@@ -31,7 +31,7 @@ LAYERS = (
     "launch.merge_rule launch.merge_output",
     "launch.merge_plan",
     "launch.job",
-    "launch.report",
+    "launch.report launch.worst_case",
     "launch.factory",
     "launch.model",
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
