@@ -32,6 +32,7 @@ from launch import engine as engines
 from launch import merge as merging
 from launch.adapter import WEIGHTS_FILE
 from launch.checkpoint import Resumable
+from launch.collectives import try_network
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.deadline import Deadline
 from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
@@ -111,9 +112,11 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     engines.check_process_count(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     accelerator = engines.create_accelerator(recipe, precision)
     stopwatch.end("process group")
+    network = reach_all_ranks(recipe, accelerator.device)
+    stopwatch.end("network")
 
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
-    prepare_all = functools.partial(prepare_run, recipe, precision, stopwatch)
+    prepare_all = functools.partial(prepare_run, recipe, precision, network, stopwatch)
     found = json.loads(engines.after_rank_zero("prepare", lambda: json.dumps(prepare_all())))
     recipe = preflight.with_revision(recipe, found["revision"])
     tokenizer, template = tokenizer_and_template(recipe, found["base"])
@@ -154,7 +157,8 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     stopwatch.end("trackers")
     if accelerator.is_main_process:
         deadline.recall(runs.read_metrics(recipe.run_directory))
-        banner = start_up_banner(job, f"{precision}: {precision_reason}", found["rows"], packing, resumed_after)
+        reasoned = f"{precision}: {precision_reason}"
+        banner = start_up_banner(job, reasoned, network, found["rows"], packing, resumed_after)
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     evaluations: list[dict[str, Any]] = found["evaluations"]
@@ -212,13 +216,20 @@ def merge_chosen(job: Job, found: Mapping[str, Any], base: torch.nn.Module, dtyp
     )
 
 
+def reach_all_ranks(recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """The bandwidths of the network; this rank ends when another does not answer."""
+    return try_network(device, stacks_file(recipe), lambda reason: runs.leave_hung(recipe.run_directory, reason))
+
+
 def watch(recipe: Recipe) -> Watchdog:
     """Ends this rank when it hangs; its stacks go into the run directory's logs."""
-    return Watchdog(
-        recipe.run.hang_seconds,
-        recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
-        lambda reason: runs.leave_hung(recipe.run_directory, reason),
-    )
+    seconds = recipe.run.hang_seconds
+    return Watchdog(seconds, stacks_file(recipe), lambda reason: runs.leave_hung(recipe.run_directory, reason))
+
+
+def stacks_file(recipe: Recipe) -> Path:
+    """Where this rank's stacks are written when it hangs."""
+    return recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt"
 
 
 def optimizer_steps(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from launch import batching, runs
 from launch import engine as engines
 from launch.adapter import trained_kinds
+from launch.collectives import network_line
 from launch.config import LAUNCH_COMMAND
 from launch.job import Job
 from launch.quantisation import quantised_line
@@ -212,7 +213,14 @@ class RunLog:
                 self.say(f"metrics.jsonl cannot be written: {error.strerror}; the figures of step {done} are lost")
 
 
-def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, resumed_after: int | None) -> str:
+def start_up_banner(
+    job: Job,
+    precision: str,
+    network: Mapping[str, float],
+    rows_line: str,
+    packing: str,
+    resumed_after: int | None,
+) -> str:
     """The batch arithmetic, the precision and why, and what each rank holds; `resumed_after` a step, or None."""
     recipe, settings, samples = job.recipe, job.recipe.train, job.samples
     first_ids = batching.step_samples(0, len(samples), settings.global_batch_size, job.total_samples, settings.seed)
@@ -224,6 +232,7 @@ def start_up_banner(job: Job, precision: str, rows_line: str, packing: str, resu
     rows = [
         ("run", f"{recipe.run_directory}, {start}"),
         ("layout", f"{dist.get_world_size()} ranks, DeepSpeed ZeRO-{stage}, {job.accelerator.device.type}"),
+        *([("network", network_line(network))] if network else []),
         ("precision", precision),
         *([("base", quantised_line(recipe.model, stage))] if recipe.model.load_in_4bit else []),
         ("rows", f"{rows_line}; data_report.json has every one"),

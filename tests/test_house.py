@@ -27,7 +27,7 @@ LAYERS = (
     "launch.ledger launch.plan",
     "launch.data_report launch.plan_report",
     "launch.data launch.data_page",
-    "launch.tiny launch.quantisation launch.shards launch.adapter launch.engine launch.packing",
+    "launch.tiny launch.quantisation launch.shards launch.adapter launch.engine launch.packing launch.collectives",
     "launch.merge_rule launch.merge_output",
     "launch.merge_plan",
     "launch.job",
