@@ -35,7 +35,7 @@ from launch.checkpoint import Resumable
 from launch.collectives import try_network
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.deadline import Deadline
-from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
+from launch.errors import LaunchError, NoProgressError, OutOfMemoryError, RunInUseError, TrainingError
 from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
 from launch.merge_from_disk import find_source, merge_from_disk
@@ -85,13 +85,16 @@ def main(arguments: Sequence[str]) -> int:
     except LaunchError as error:
         if not is_rank_zero:
             preemption.forget_signals()
-            time.sleep(30)  # rank zero speaks, and the launcher then ends this rank; if not, it is this rank's own
+            is_alone = isinstance(error, OutOfMemoryError)  # rank zero may wait for this rank and never hear of it
+            if is_alone:
+                runs.write_failure(directory, str(error))
+            time.sleep(3 if is_alone else 30)  # rank zero speaks, and the launcher then ends this rank; if not, it does
             print(f"Rank {os.environ['RANK']} ended: {error}", file=sys.stderr, flush=True)
             return 1
         status = runs.read_status(directory)  # maybe another job's, or one that was killed
         is_mine = not isinstance(error, RunInUseError)  # the status is that of another, who may have finished since
         has_trained = is_mine and status.get("state") == "running" and status.get("pid") == os.getpid()
-        state: runs.State = "failed" if has_trained else "refused"
+        state: runs.State = "failed" if has_trained or isinstance(error, TrainingError) else "refused"
         if isinstance(error, NoProgressError):
             state = "no progress"
         print(f"{state.capitalize()}: {error}", file=sys.stderr, flush=True)
@@ -145,7 +148,9 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     job = Job(
         recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, identity, watchdog, deadline
     )
-    worst_case.rehearse(job)
+    largest = worst_case.find_largest(job)
+    with worst_case.told(job, largest, "in a trial of the largest micro-batches"):
+        worst_case.rehearse(job, largest)
     stopwatch.end("worst case")
     if checkpoint is not None:
         checkpoints.restore(checkpoint, engine)
@@ -162,7 +167,8 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     evaluations: list[dict[str, Any]] = found["evaluations"]
-    with ThreadPoolExecutor(1, "checkpoint") as writer:  # what is being written is ended while the directory is ours
+    told = worst_case.told(job, largest, "in a micro-batch")
+    with ThreadPoolExecutor(1, "checkpoint") as writer, told:  # what is being written ends while the directory is ours
         is_done = optimizer_steps(job, writer, checkpoint, evaluations, stopwatch)
     watchdog.close()
     if not is_done:

@@ -4,23 +4,50 @@ Besides engine.py this module alone knows DeepSpeed's inside: what a step leaves
 """
 
 import json
+import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from launch import batching
+from launch import batching, plan
+from launch.activations import MicroBatch as Sizes
 from launch.batching import MicroBatch
 from launch.engine import Engine, after_rank_zero, backward, restore_scaler, scaler_state, step
+from launch.errors import LaunchError, OutOfMemoryError, first_line
+from launch.free_memory import available_bytes
+from launch.hardware import MIB, Gpu, Hardware, find_hardware
 from launch.job import Job
+from launch.out_of_memory import Device, Tried, sentence, sentence_without_plan
+from launch.recipe import LoraBlock
+from launch.shapes import base_of_config
 
 # What DeepSpeed's engine counts, the first two for its own reports.
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+# Of an error that is none of torch.OutOfMemoryError: torch's allocator for a CPU, cuBLAS, NCCL.
+_WORDS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
 
-def rehearse(job: Job) -> None:
+@dataclass(frozen=True)
+class Largest:
+    """Micro-batches, none of which is larger in the whole run."""
+
+    most_trained: MicroBatch
+    most_tokens: MicroBatch  # of a padded one, cells
+    held_out: MicroBatch
+
+
+def find_largest(job: Job) -> Largest:
+    """Rank zero finds them, for all ranks; a collective."""
+    return Largest(*json.loads(after_rank_zero("worst case", lambda: json.dumps(_find(job)))))
+
+
+def rehearse(job: Job, largest: Largest) -> None:
     """One step of the largest micro-batches on every rank, and one held-out; a collective that leaves nothing behind.
 
     Its loss is zero whatever the weights are, so that gradients are zeros, and fp16 does not overflow. The engine must
@@ -28,17 +55,16 @@ def rehearse(job: Job) -> None:
     """
     # With the first ZeRO-3 forgets the order of modules that the packing probe had, with the second it learns that of
     # a backward pass, with the third it fetches ahead; the last one is added to the gradients of another.
-    most_trained, most_tokens, held_out = json.loads(after_rank_zero("worst case", lambda: json.dumps(_find(job))))
     torch.manual_seed(batching.step_seed(job.recipe.train.seed, 0, dist.get_rank()))
     with _left_as_it_was(job.engine):
-        for number, ids in enumerate(([], [], most_trained, most_tokens), start=1):
+        for number, ids in enumerate(([], [], largest.most_trained, largest.most_tokens), start=1):
             loss_sum, _, _ = job.loss(job.samples, ids)
             backward(job.engine, loss_sum * 0.0, is_last=number == 4)
         step(job.engine, 0.0)
-    if held_out:
+    if largest.held_out:
         job.engine.eval()
         with torch.no_grad():
-            job.loss(job.held_out, held_out)
+            job.loss(job.held_out, largest.held_out)
         job.engine.train()
 
 
@@ -82,3 +108,70 @@ def _left_as_it_was(engine: Engine) -> Iterator[None]:
     restore_scaler(engine, scaler)
     for name, value in counters.items():
         setattr(engine, name, value)
+
+
+# ---- and when they do not fit ----
+
+
+@contextmanager
+def told(job: Job, largest: Largest, where: str) -> Iterator[None]:
+    """Makes an OutOfMemoryError of what is raised inside when there is no memory: what to lower, and by how much."""
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not _is_of_memory(error):
+            raise
+        device = _device(job.accelerator.device)  # before the frames of the traceback let go what they hold
+    raise OutOfMemoryError(_sentence(job, largest, where, device))
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in _WORDS)
+
+
+def _device(device: torch.device) -> Device:
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Device(True, total, free, torch.cuda.memory_reserved(device))
+    size, resident = (int(pages) * os.sysconf("SC_PAGE_SIZE") for pages in _statm()[:2])
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    left = available_bytes() if limit == resource.RLIM_INFINITY else min(limit - size, available_bytes())
+    return Device(False, resident + left, left, resident)
+
+
+def _statm() -> list[str]:
+    """Pages of this process: of its addresses, of what is in memory, and more."""
+    return Path("/proc/self/statm").read_text(encoding="ascii").split()
+
+
+def _sentence(job: Job, largest: Largest, where: str, device: Device) -> str:
+    lengths = job.samples.lengths + job.recipe.adapter.num_virtual_tokens
+    most_tokens = lengths[largest.most_tokens]
+    num_tokens = int(most_tokens.sum() if job.packed else most_tokens.max() * len(most_tokens))
+    num_targets = int(job.samples.num_trained[largest.most_trained].sum())
+    columns, logit_rows = (num_tokens, num_targets) if job.packed else (int(most_tokens.max()), num_tokens)
+    batch = Sizes(num_tokens, columns, num_targets, logit_rows)
+    tried = Tried(where, batch, int(lengths.max()))
+    try:
+        case = _case(job, device, num_targets / num_tokens)
+        sharding = plan.sharding_of(job.accelerator.state.deepspeed_plugin.deepspeed_config)
+        return sentence(tried, device, case, sharding)
+    except (LaunchError, KeyError, TypeError, OSError) as error:  # whatever the plan lacks, this is no time to fail
+        return sentence_without_plan(tried, device, job.recipe, first_line(error))
+
+
+def _case(job: Job, device: Device, trained_share: float) -> plan.Case:
+    """Raises a LaunchError for what the plan does not know."""
+    adapter, base = job.recipe.adapter, job.model.get_base_model()
+    if isinstance(adapter, LoraBlock) and adapter.use_dora:
+        raise LaunchError("it does not count what adapter.use_dora copies")
+    known = base_of_config(base.config.to_dict(), job.recipe.model.name_or_path)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = max(dist.get_world_size() // per_node, 1)
+    if device.is_gpu:
+        hardware = find_hardware(None, per_node, nodes, None, None)
+    else:  # of which the formulas need no more
+        cpu = Gpu("CPU", device.total_bytes // MIB, 1, 1, 0, 1, True, "CPU")
+        hardware = Hardware(cpu, per_node, nodes, None, "pcie")
+    return plan.Case(job.recipe, known, hardware, job.identity["precision"], job.packed, trained_share)

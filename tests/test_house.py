@@ -26,6 +26,7 @@ LAYERS = (
     "launch.formats launch.tokens launch.batch_step launch.speed",
     "launch.ledger launch.plan",
     "launch.data_report launch.plan_report",
+    "launch.out_of_memory",
     "launch.data launch.data_page",
     "launch.tiny launch.quantisation launch.shards launch.adapter launch.engine launch.packing launch.collectives",
     "launch.merge_rule launch.merge_output",
@@ -41,7 +42,7 @@ LAYERS = (
     "launch.data_commands launch.generate launch.chat launch.submit",
     "train launch.__main__",
 )
-NUM_LIGHT_LAYERS = 11  # these start fast on a login node
+NUM_LIGHT_LAYERS = 12  # these start fast on a login node
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
 WITHIN_A_LAYER = {
     ("launch.merge", "launch.checkpoint"),

@@ -2,20 +2,24 @@
 
 import json
 import math
+import os
+import resource
+import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import World, deepspeed_json, run_ranks
+from conftest import World, deepspeed_json, run_ranks, start_ranks
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import train
-from launch import batching, job, worst_case
+from launch import batching, job, runs, worst_case
 from launch.checkpoint import path_of_step
 
 SETTINGS = {"max_steps": 3, "save_steps": 3, "eval_steps": 2, "max_tokens_per_micro_batch": 132, "weight_decay": 0.1}
@@ -87,7 +91,7 @@ def test_of_a_long_run_it_is_found_soon() -> None:
     assert found == ([123_456], [123_456])
 
 
-# ---- and that nothing is left of them ----
+# ---- that nothing is left of them ----
 
 
 def trained_with(rehearses: bool, fp16: bool, is_nan: bool, arguments: list[str]) -> tuple[int, list[int]]:
@@ -95,17 +99,17 @@ def trained_with(rehearses: bool, fp16: bool, is_nan: bool, arguments: list[str]
     tried: list[int] = []
     real_rehearse, real_loss = worst_case.rehearse, job.batch_loss
 
-    def rehearse(running: job.Job) -> None:
+    def rehearse(running: job.Job, largest: worst_case.Largest) -> None:
         def loss(model: Any, batch: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
             tried.append(batch.input_ids.numel())
             loss_sum, sums = real_loss(model, batch, **named)
             return loss_sum * math.nan if is_nan else loss_sum, sums
 
         job.batch_loss = loss
-        real_rehearse(running)
+        real_rehearse(running, largest)
         job.batch_loss = real_loss
 
-    train.worst_case.rehearse = rehearse if rehearses else lambda running: None
+    train.worst_case.rehearse = rehearse if rehearses else lambda running, largest: None
     if fp16:
         CPU_Accelerator.is_fp16_supported = lambda self: True
     return train.main(arguments), tried
@@ -157,3 +161,97 @@ def test_a_run_is_bitwise_that_without(world: World, way: str) -> None:
     assert others == their_others
     assert tensors.keys() == expected.keys() and all(torch.equal(tensors[key], expected[key]) for key in expected)
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+# ---- and when they do not fit ----
+
+
+@pytest.fixture(scope="module")
+def long_rows(world: World) -> Path:
+    rows = [{"input": "stone", "output": " ".join(["cairn"] * 900)}] * 20
+    path = world.directory / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def trained_in_little(limited_rank: int, place: str, arguments: list[str]) -> int:
+    """train.py's main; from then on this rank gets no more than 40 MB of addresses than it has."""
+    real = getattr(train, place) if place == "evaluate_if_due" else getattr(worst_case, place)
+
+    def limited(*given: Any) -> Any:
+        if os.environ["RANK"] == str(limited_rank):
+            size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            resource.setrlimit(resource.RLIMIT_AS, (size + 40_000_000, resource.RLIM_INFINITY))
+        return real(*given)
+
+    setattr(train if place == "evaluate_if_due" else worst_case, place, limited)
+    return train.main(arguments)
+
+
+LITTLE: dict[str, dict[str, Any]] = {
+    "data": {"max_length": 1024, "test_size": 2},
+    "train": {"max_steps": 3, "max_tokens_per_micro_batch": 8192, "global_batch_size": 18},
+}
+
+
+@pytest.mark.parametrize(
+    ("limited_rank", "place", "where"),
+    [
+        (0, "rehearse", "in a trial of the largest micro-batches"),
+        pytest.param(1, "rehearse", "in a trial of the largest micro-batches", marks=pytest.mark.slow),
+        pytest.param(1, "evaluate_if_due", "in a micro-batch", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_without_memory_ends_the_run_with_what_to_lower(
+    world: World, long_rows: Path, capfd: pytest.CaptureFixture[str], limited_rank: int, place: str, where: str
+) -> None:
+    recipe = world.recipe(
+        f"little-{limited_rank}-{place}", **LITTLE | {"data": LITTLE["data"] | {"train": str(long_rows)}}
+    )
+    start = time.monotonic()
+    children = start_ranks(limited_rank + 1, trained_in_little, limited_rank, place, [str(recipe)])
+    for _, receiver in children:
+        assert receiver.poll(100), "a rank hangs"
+    assert time.monotonic() - start < 60
+    assert children[limited_rank][1].recv() == (True, 1)
+    said = capfd.readouterr().err
+    status = runs.read_status(world.run_directory(recipe.stem))
+    assert status["state"] == "failed" and "may_go_on" not in status
+    assert f"No memory was left {where}, of at most" in status["reason"]
+    assert "activations" in status["reason"] and "train.max_tokens_per_micro_batch=" in status["reason"]
+    assert status["reason"].removeprefix("rank 1: ") in said
+
+
+def test_who_is_asked_to_end_since_another_rank_failed_does_not_say_that_it_was_preempted(tmp_path: Path) -> None:
+    """The launcher asks the others to end when one has; before the first step they do so at once."""
+    runs.begin(tmp_path, 0, "recipe")
+    runs.write_failure(tmp_path, "No memory was left.")
+    runs.leave(tmp_path, "preempted", "asked to stop")
+    assert runs.read_status(tmp_path)["state"] == "failed"
+    runs.begin(tmp_path, 0, "recipe")
+    runs.leave(tmp_path, "preempted", "asked to stop")
+    assert runs.read_status(tmp_path)["state"] == "preempted"
+
+
+def asked_to_stop(arguments: list[str]) -> int:
+    """train.py's main; SIGTERM comes in the trial."""
+
+    def loss(*given: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    job.batch_loss = loss
+    return train.main(arguments)
+
+
+@pytest.mark.slow
+def test_a_stop_in_the_trial_ends_it_at_once(world: World) -> None:
+    recipe = world.recipe("asked")
+    ((child, _),) = start_ranks(1, asked_to_stop, [str(recipe)])
+    child.join(50)
+    assert child.exitcode == 128 + signal.SIGTERM
+    status = runs.read_status(world.run_directory("asked"))
+    assert (status["state"], status["reason"]) == (
+        "preempted",
+        "asked to stop before the first step; there was nothing to save yet",
+    )
