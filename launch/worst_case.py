@@ -35,7 +35,7 @@ _WORDS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory"
 
 @dataclass(frozen=True)
 class Largest:
-    """Micro-batches, none of which is larger in the whole run."""
+    """The largest micro-batches of the whole run, as `batching.largest_micro_batches` finds them."""
 
     most_trained: MicroBatch
     most_tokens: MicroBatch  # of a padded one, cells
@@ -53,10 +53,10 @@ def rehearse(job: Job, largest: Largest) -> None:
     Its loss is zero whatever the weights are, so that gradients are zeros, and fp16 does not overflow. The engine must
     be as it was started: its moments are zeros afterwards.
     """
-    # With the first ZeRO-3 forgets the order of modules that the packing probe had, with the second it learns that of
-    # a backward pass, with the third it fetches ahead; the last one is added to the gradients of another.
     torch.manual_seed(batching.step_seed(job.recipe.train.seed, 0, dist.get_rank()))
     with _left_as_it_was(job.engine):
+        # With the first, empty one ZeRO-3 forgets the order of modules that the packing probe had, with the second it
+        # learns that of a backward pass, and from then on it fetches ahead. The last one's gradients are added.
         for number, ids in enumerate(([], [], largest.most_trained, largest.most_tokens), start=1):
             loss_sum, _, _ = job.loss(job.samples, ids)
             backward(job.engine, loss_sum * 0.0, is_last=number == 4)
