@@ -26,13 +26,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch import batching, preflight, runs
+from launch import batching, preflight, runs, worst_case
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch.checkpoint import Resumable
+from launch.collectives import try_network
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.deadline import Deadline
-from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
+from launch.errors import LaunchError, NoProgressError, OutOfMemoryError, RunInUseError, TrainingError
 from launch.findings import collect, settle
 from launch.fingerprint import versions
 from launch.finish import merge_chosen, use_chosen_step
@@ -85,13 +86,16 @@ def main(arguments: Sequence[str]) -> int:
     except LaunchError as error:
         if not is_rank_zero:
             preemption.forget_signals()
-            time.sleep(30)  # rank zero speaks, and the launcher then ends this rank; if not, it is this rank's own
+            is_alone = isinstance(error, OutOfMemoryError)  # rank zero may wait for this rank and never hear of it
+            if is_alone:
+                runs.write_failure(directory, str(error))
+            time.sleep(3 if is_alone else 30)  # rank zero speaks, and the launcher then ends this rank; if not, it does
             print(f"Rank {os.environ['RANK']} ended: {error}", file=sys.stderr, flush=True)
             return 1
         status = runs.read_status(directory)  # maybe another job's, or one that was killed
         is_mine = not isinstance(error, RunInUseError)  # the status is that of another, who may have finished since
         has_trained = is_mine and status.get("state") == "running" and status.get("pid") == os.getpid()
-        state: runs.State = "failed" if has_trained else "refused"
+        state: runs.State = "failed" if has_trained or isinstance(error, TrainingError) else "refused"
         if isinstance(error, NoProgressError):
             state = "no progress"
         print(f"{state.capitalize()}: {error}", file=sys.stderr, flush=True)
@@ -112,9 +116,11 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     engines.check_process_count(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     accelerator = engines.create_accelerator(recipe, precision)
     stopwatch.end("process group")
+    network = reach_all_ranks(recipe, accelerator.device)
+    stopwatch.end("network")
 
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
-    prepare_all = functools.partial(prepare_run, recipe, precision, stopwatch)
+    prepare_all = functools.partial(prepare_run, recipe, precision, network, stopwatch)
     found = json.loads(engines.after_rank_zero("prepare", lambda: json.dumps(prepare_all())))
     recipe = preflight.with_revision(recipe, found["revision"])
     tokenizer, template = tokenizer_and_template(recipe, found["base"])
@@ -137,11 +143,6 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     stopwatch.end("base")
     engine = engines.start_engine(accelerator, model, recipe.train)
     stopwatch.end("engine")
-    if checkpoint is not None:
-        checkpoints.restore(checkpoint, engine)
-    stopwatch.end("resume")
-
-    # ---- optimizer steps ---------------------------------------------------------------------------------------------
     packed, packing = choose_packing(
         recipe.train.packing, recipe.adapter.num_virtual_tokens, engine, base, samples, accelerator.device
     )
@@ -152,18 +153,27 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     job = Job(
         recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, identity, watchdog, deadline
     )
+    largest = worst_case.find_largest(job)
+    with worst_case.told(job, largest, "in a trial of the largest micro-batches"):
+        worst_case.rehearse(job, largest)
+    stopwatch.end("worst case")
+    if checkpoint is not None:
+        checkpoints.restore(checkpoint, engine)
+    stopwatch.end("resume")
+
+    # ---- optimizer steps ---------------------------------------------------------------------------------------------
     resumed_after = checkpoint.step if checkpoint else None
     start_trackers(accelerator, recipe, resumed_after)
     stopwatch.end("trackers")
     if accelerator.is_main_process:
         deadline.recall(runs.read_metrics(recipe.run_directory))
-        banner = start_up_banner(
-            job, f"{precision}: {precision_reason}", found["rows"], packing, outlook, resumed_after
-        )
+        reasoned = f"{precision}: {precision_reason}"
+        banner = start_up_banner(job, reasoned, network, found["rows"], packing, outlook, resumed_after)
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     evaluations: list[dict[str, Any]] = found["evaluations"]
-    with ThreadPoolExecutor(1, "checkpoint") as writer:  # what is being written is ended while the directory is ours
+    told = worst_case.told(job, largest, "in a micro-batch")
+    with ThreadPoolExecutor(1, "checkpoint") as writer, told:  # what is being written ends while the directory is ours
         is_done = optimizer_steps(job, writer, checkpoint, evaluations, stopwatch)
     watchdog.close()
     if accelerator.is_main_process:
@@ -190,13 +200,20 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
         print(closing_lines(recipe), flush=True)
 
 
+def reach_all_ranks(recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """The bandwidths of the network; this rank ends when another does not answer."""
+    return try_network(device, stacks_file(recipe), lambda reason: runs.leave_hung(recipe.run_directory, reason))
+
+
 def watch(recipe: Recipe) -> Watchdog:
     """Ends this rank when it hangs; its stacks go into the run directory's logs."""
-    return Watchdog(
-        recipe.run.hang_seconds,
-        recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt",
-        lambda reason: runs.leave_hung(recipe.run_directory, reason),
-    )
+    seconds = recipe.run.hang_seconds
+    return Watchdog(seconds, stacks_file(recipe), lambda reason: runs.leave_hung(recipe.run_directory, reason))
+
+
+def stacks_file(recipe: Recipe) -> Path:
+    """Where this rank's stacks are written when it hangs."""
+    return recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt"
 
 
 def optimizer_steps(

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 MicroBatch = list[int]  # sample ids; an empty one keeps a rank in step with the others
+# What `largest_micro_batches` looks at: so many epochs, and of steps that it lays out so many samples, or 32 steps.
+_MOST_EPOCHS, _MOST_SAMPLES = 100, 8192
 
 
 def samples_in_run(num_samples: int, global_batch_size: int, num_train_epochs: float, max_steps: int | None) -> int:
@@ -118,3 +120,60 @@ def _level(longest_first: Sequence[tuple[int, int]], max_tokens: int, num_bins: 
         bins[index].append(sample)
         heapq.heappush(emptiest, (filled + length, index))
     return bins
+
+
+def largest_micro_batches(
+    lengths: npt.NDArray[np.int64],
+    num_trained: npt.NDArray[np.int64],
+    *,
+    global_batch_size: int,
+    total_samples: int,
+    seed: int,
+    max_tokens: int,
+    num_ranks: int,
+    padded: bool,
+) -> tuple[MicroBatch, MicroBatch]:
+    """(that with the most trained tokens, that with the most tokens; of a padded one, cells) of the whole run.
+
+    Of equals the one that has more of the other. Layers keep something of each token, the logits are those of the
+    trained ones, and which of them takes more memory depends on the model. Only the steps are laid out that have the
+    most tokens, the fullest ranks, the longest samples or the most trained tokens; those of others are hardly larger.
+    """
+    order = _order_of_run(len(lengths), total_samples, seed)
+
+    def sizes(micro_batch: MicroBatch) -> tuple[int, int]:
+        longest = int(lengths[micro_batch].max())
+        cells = longest * len(micro_batch) if padded else int(lengths[micro_batch].sum())
+        return cells, int(num_trained[micro_batch].sum())
+
+    found: dict[tuple[int, int], MicroBatch] = {}  # one of each size
+    for step in _busiest_steps(lengths[order], num_trained[order], global_batch_size, max_tokens * num_ranks):
+        ids = order[step * global_batch_size : (step + 1) * global_batch_size]
+        ranks = lay_out(ids.tolist(), lengths[ids].tolist(), max_tokens, num_ranks, padded=padded)
+        found |= {sizes(micro_batch): micro_batch for rank in ranks for micro_batch in rank if micro_batch}
+    return found[max(found, key=lambda size: size[::-1])], found[max(found)]
+
+
+def _order_of_run(num_samples: int, total_samples: int, seed: int) -> npt.NDArray[np.int64]:
+    """Ids of all steps, one after the other, of as many epochs as are looked at."""
+    epochs = min(math.ceil(total_samples / num_samples), _MOST_EPOCHS)
+    return np.concatenate([epoch_order(num_samples, seed, epoch) for epoch in range(epochs)])[:total_samples]
+
+
+def _busiest_steps(
+    lengths: npt.NDArray[np.int64], num_trained: npt.NDArray[np.int64], global_batch_size: int, tokens_at_once: int
+) -> list[int]:
+    """Numbers of steps, of which `lengths` and `num_trained` have the samples one after the other.
+
+    A step with a few tokens more than the ranks take at once has two micro-batches a rank that are half full.
+    """
+    starts = np.arange(0, len(lengths), global_batch_size)
+    tokens = np.add.reduceat(lengths, starts)
+    figures = (
+        tokens,
+        tokens / np.ceil(tokens / tokens_at_once),
+        np.maximum.reduceat(lengths * (int(num_trained.max()) + 1) + num_trained, starts),
+        np.add.reduceat(num_trained, starts),
+    )
+    most = max(_MOST_SAMPLES // global_batch_size, 1)
+    return sorted({int(step) for figure in figures for step in np.argsort(-figure, kind="stable")[: min(most, 32)]})

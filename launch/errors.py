@@ -62,6 +62,10 @@ class TrainingError(LaunchError):
     """Training that cannot go on."""
 
 
+class OutOfMemoryError(TrainingError):
+    """The memory of one rank, of which the others know nothing."""
+
+
 class NoProgressError(LaunchError):
     """A run that starts again and again, and comes no further."""
 

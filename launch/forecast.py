@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from launch import memory
 from launch.activations import MicroBatch, adapter_bytes, logits_bytes, passing_bytes, saved_bytes
 from launch.findings import Finding
 from launch.hardware import GPUS, MIB, Gpu, Hardware, known_gpu
@@ -70,23 +69,26 @@ def hardware_of_run(gpu: tuple[str, int] | None, num_ranks: int, ranks_per_node:
     return Hardware(kind, ranks_per_node, num_ranks // ranks_per_node, host_bytes, "pcie")
 
 
-def forecast(case: Case, sharding: Sharding, batch: MicroBatch, resident_bytes: int | None) -> Forecast:
-    """Of this layout and micro-batch. `resident_bytes`: on a CPU, what the process has before its model; else None."""
+def terms_of(case: Case, sharding: Sharding, batch: MicroBatch, *, is_gpu: bool) -> dict[str, int]:
+    """Bytes by name of a rank with this micro-batch; on a CPU, where what is offloaded is in the same memory."""
     model, checkpointing = case.model(case.recipe.model.load_in_4bit), case.recipe.train.gradient_checkpointing
-    if resident_bytes is not None:  # memory that nothing is written to is not resident, such as the end of a bucket
-        sharding = replace(sharding, reduce_bucket_size=min(sharding.reduce_bucket_size, model.num_trained))
+    if not is_gpu:  # memory that nothing is written to is not resident, such as the end of a bucket
+        bucket = min(sharding.reduce_bucket_size, model.num_trained)
+        sharding = replace(sharding, offload_optimizer=False, offload_param=False, reduce_bucket_size=bucket)
     way = way_of(case, sharding, model.load_in_4bit, checkpointing)
     adapters = adapter_bytes(case.base, adapted_of(case), way)
     terms = fixed_gpu_bytes(case, model, sharding, checkpointing) | {
         "activations": saved_bytes(case.base, adapters, batch, way),
         "logits or backward": max(passing_bytes(case.base, adapters, batch, way), logits_bytes(case.base, batch, way)),
     }
+    return {name: count for name, count in terms.items() if is_gpu or name not in _NO_TENSORS}
+
+
+def forecast(case: Case, sharding: Sharding, batch: MicroBatch, resident_bytes: int | None) -> Forecast:
+    """Of this layout and micro-batch. `resident_bytes`: on a CPU, what the process has before its model; else None."""
     if resident_bytes is None:
-        return Forecast(terms, case.hardware.gpu.memory_bytes)
-    ranks = case.hardware.num_ranks
-    terms = {name: count for name, count in terms.items() if name not in _NO_TENSORS}
-    terms["offloaded"] = sum(memory.pinned_buffers(model, sharding, ranks))
-    terms["offloaded"] += memory.host_optimizer_bytes(model, sharding, ranks)
+        return Forecast(terms_of(case, sharding, batch, is_gpu=True), case.hardware.gpu.memory_bytes)
+    terms = terms_of(case, sharding, batch, is_gpu=False)
     return Forecast({"Python and libraries": resident_bytes, **terms}, None)
 
 

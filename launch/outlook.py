@@ -3,15 +3,18 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from launch import runs
-from launch.activations import MicroBatch
+from launch import batching, runs
+from launch.activations import MicroBatch as Sizes
+from launch.batching import MicroBatch
 from launch.errors import ConfigError, ModelError
 from launch.findings import Finding
 from launch.forecast import Forecast, findings, forecast, hardware_of_run, plan_line, what_plan_chooses
@@ -51,25 +54,39 @@ def look_ahead(
     recipe: Recipe, base_name: str, precision: str, samples: Samples, deepspeed: Mapping[str, Any]
 ) -> Outlook:
     """Of this rank, on this machine and with this DeepSpeed configuration; the peak is counted from here on."""
-    on_gpu = torch.cuda.is_available()
-    gpu = (torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]) if on_gpu else None
-    host_available_bytes = available_bytes()
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    hardware = hardware_of_run(gpu, dist.get_world_size(), ranks_per_node, host_available_bytes)
+    host_available_bytes, on_gpu = available_bytes(), torch.cuda.is_available()
     try:
-        if recipe.model.factory is not None:
-            raise ModelError(f"only the code of {recipe.model.factory} knows its layers")
-        share = float(samples.num_trained.sum() / max(samples.lengths.sum(), 1))
-        base = base_at(base_name, recipe.model.revision)
-        case = Case(recipe, base, hardware, precision, is_packed(recipe, base), share)
-        sharding = sharding_of(deepspeed)
-        expected = forecast(case, sharding, _largest(case, samples), None if on_gpu else _resident_bytes())
+        case = case_of_run(recipe, base_name, precision, trained_share=1.0)
+        sharding, batch = sharding_of(deepspeed), _largest(case, samples)
+        expected = forecast(case, sharding, batch, None if on_gpu else _resident_bytes())
     except (ConfigError, ModelError) as error:  # of models that no formula covers
         return Outlook(None, "", str(error).rstrip("."), ())
+    case = replace(case, trained_share=batch.num_targets / batch.num_tokens)
     chosen = what_plan_chooses(case)
     found = tuple(findings(case, sharding, expected, chosen, host_available_bytes))
     _forget_peak()
     return Outlook(expected, plan_line(case, sharding, chosen), "", found)
+
+
+def case_of_run(
+    recipe: Recipe, base_name: str, precision: str, trained_share: float, *, packed: bool | None = None
+) -> Case:
+    """For the plan's formulas; `packed` None: as is likely. Raises ConfigError or ModelError for what none covers."""
+    if recipe.model.factory is not None:
+        raise ModelError(f"only the code of {recipe.model.factory} knows its layers")
+    gpu = (torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    hardware = hardware_of_run(gpu, dist.get_world_size(), ranks_per_node, available_bytes())
+    base = base_at(base_name, recipe.model.revision)
+    packed = is_packed(recipe, base) if packed is None else packed
+    return Case(recipe, base, hardware, precision, packed, trained_share)
+
+
+def sizes_of(lengths: npt.NDArray[np.int64], most_tokens: MicroBatch, num_targets: int, *, packed: bool) -> Sizes:
+    """Of the largest micro-batches of a run, `lengths` with virtual tokens: its most tokens with its most targets."""
+    longest, count = int(lengths[most_tokens].max()), len(most_tokens)
+    num_tokens = int(lengths[most_tokens].sum()) if packed else longest * count
+    return Sizes(num_tokens, num_tokens if packed else longest, num_targets, num_targets if packed else num_tokens)
 
 
 def peak_memory_bytes() -> int:
@@ -79,8 +96,21 @@ def peak_memory_bytes() -> int:
     return _status_bytes("VmHWM")
 
 
-def _largest(case: Case, samples: Samples) -> MicroBatch:
-    return case.micro_batch(case.recipe.train.max_tokens_per_micro_batch)
+def _largest(case: Case, samples: Samples) -> Sizes:
+    settings, lengths = case.recipe.train, samples.lengths + case.recipe.adapter.num_virtual_tokens
+    most_trained, most_tokens = batching.largest_micro_batches(
+        lengths,
+        samples.num_trained,
+        global_batch_size=settings.global_batch_size,
+        total_samples=batching.samples_in_run(
+            len(samples), settings.global_batch_size, settings.num_train_epochs, settings.max_steps
+        ),
+        seed=settings.seed,
+        max_tokens=settings.max_tokens_per_micro_batch,
+        num_ranks=dist.get_world_size(),
+        padded=not case.packed,
+    )
+    return sizes_of(lengths, most_tokens, int(samples.num_trained[most_trained].sum()), packed=case.packed)
 
 
 def _resident_bytes() -> int:

@@ -268,7 +268,7 @@ def choose(case: Case, model: Model, layout: str, *, gradient_checkpointing: boo
         needed = sum(fixed.values()) + sum(micro_batch_bytes(case, adapters, way, tokens).values())
         return needed <= gpu_bytes * share
 
-    largest = _largest(fits, longest)
+    largest = largest_that_fits(fits, longest)
     per_rank = math.ceil(case.recipe.train.global_batch_size / ranks)  # samples of a step
     budgets = [samples * longest for samples in range(1, per_rank + 1)]
     roomy = [tokens for tokens in budgets if fits(tokens, 1 - RESERVED_SHARE)]
@@ -299,7 +299,7 @@ def choose(case: Case, model: Model, layout: str, *, gradient_checkpointing: boo
     )
 
 
-def _largest(fits: Callable[[int], bool], smallest: int) -> int:
+def largest_that_fits(fits: Callable[[int], bool], smallest: int) -> int:
     """By halves; 0 when the smallest does not fit."""
     if not fits(smallest):
         return 0

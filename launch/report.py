@@ -15,6 +15,7 @@ from tqdm import tqdm
 from launch import batching, runs
 from launch import engine as engines
 from launch.adapter import trained_kinds
+from launch.collectives import network_line
 from launch.config import LAUNCH_COMMAND
 from launch.job import Job
 from launch.outlook import Outlook, peak_memory_bytes
@@ -213,7 +214,13 @@ class RunLog:
 
 
 def start_up_banner(
-    job: Job, precision: str, rows_line: str, packing: str, outlook: Outlook, resumed_after: int | None
+    job: Job,
+    precision: str,
+    network: Mapping[str, float],
+    rows_line: str,
+    packing: str,
+    outlook: Outlook,
+    resumed_after: int | None,
 ) -> str:
     """The batch arithmetic, the precision and why, and what each rank holds; `resumed_after` a step, or None."""
     recipe, settings, samples = job.recipe, job.recipe.train, job.samples
@@ -226,6 +233,7 @@ def start_up_banner(
     rows = [
         ("run", f"{recipe.run_directory}, {start}"),
         ("layout", f"{dist.get_world_size()} ranks, DeepSpeed ZeRO-{stage}, {job.accelerator.device.type}"),
+        *([("network", network_line(network))] if network else []),
         ("precision", precision),
         *([("base", quantised_line(recipe.model, stage))] if recipe.model.load_in_4bit else []),
         ("rows", f"{rows_line}; data_report.json has every one"),

@@ -185,8 +185,13 @@ def is_finished(directory: Path, recipe: str) -> bool:
 
 
 def leave(directory: Path, state: State, reason: str) -> None:
-    """The status of a process that ends at once, and its lock: on another host nobody would know that it has ended."""
-    write_status(directory, state, reason)
+    """The status of a process that ends at once, and its lock: on another host nobody would know that it has ended.
+
+    A rank that has failed has told the cause, and the launcher then asks the others to end.
+    """
+    status = read_status(directory)
+    if (status.get("state"), status.get("job")) != ("failed", this_job()):
+        write_status(directory, state, reason)
     lock.release()
 
 

@@ -35,8 +35,11 @@ from launch.starting_adapter import fingerprint_starting_adapter, start_from
 from launch.vocabulary import check_added_are_trained, fit_vocabulary
 
 
-def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[str, Any]:
-    """Rank zero's part before the others need anything: the base on disk, the samples, the checkpoint to resume."""
+def prepare_run(recipe: Recipe, precision: str, network: Mapping[str, float], stopwatch: Stopwatch) -> dict[str, Any]:
+    """Rank zero's part before the others need anything: the base on disk, the samples, the checkpoint to resume.
+
+    `network` are the bandwidths that its collectives had.
+    """
     directory, given = recipe.run_directory, recipe
     if recipe.merges:
         check_replaceable((directory / "merged").resolve())  # not hours later
@@ -78,7 +81,8 @@ def prepare_run(recipe: Recipe, precision: str, stopwatch: Stopwatch) -> dict[st
     metrics = runs.rewind_metrics(directory, step, same_held_out=same_held_out, say=print)
     runs.write_text(directory / "recipe.yaml", dump_recipe(given))
     resumed = {"after_step": max(step, 0), "lost_steps": lost_steps, "said": said}
-    runs.write_environment(directory, {"host": platform.node(), "versions": versions(), **resumed})
+    measured = {"network_bytes_per_second": dict(network)}
+    runs.write_environment(directory, {"host": platform.node(), "versions": versions(), **measured, **resumed})
     return {
         "revision": recipe.model.revision,
         "base": base,

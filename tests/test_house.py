@@ -27,12 +27,13 @@ LAYERS = (
     "launch.ledger launch.plan",
     "launch.data_report launch.plan_report launch.room",
     "launch.forecast",
+    "launch.out_of_memory",
     "launch.data launch.data_page",
-    "launch.tiny launch.quantisation launch.shards launch.adapter launch.engine launch.packing",
+    "launch.tiny launch.quantisation launch.shards launch.adapter launch.engine launch.packing launch.collectives",
     "launch.merge_rule launch.merge_output launch.training_state",
     "launch.merge_plan",
     "launch.job launch.outlook",
-    "launch.report launch.overflow launch.movement",
+    "launch.report launch.overflow launch.movement launch.worst_case",
     "launch.factory",
     "launch.model",
     "launch.checkpoint launch.merge launch.vocabulary launch.starting_adapter",
@@ -42,7 +43,7 @@ LAYERS = (
     "launch.data_commands launch.generate launch.chat launch.submit",
     "train launch.__main__",
 )
-NUM_LIGHT_LAYERS = 12  # these start fast on a login node
+NUM_LIGHT_LAYERS = 13  # these start fast on a login node
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
 WITHIN_A_LAYER = {
     ("launch.merge", "launch.checkpoint"),

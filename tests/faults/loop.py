@@ -64,7 +64,7 @@ def recorded(work: Path, log: Path, arguments: list[str]) -> int:
         return real_ids(number, *given)
 
     def loss(job: Any, samples: Any, ids: Sequence[int]) -> Any:
-        if samples is job.samples:  # not those of an evaluation
+        if samples is job.samples and current >= 0:  # not those of an evaluation, or of a trial before the first step
             os.write(record, f"{current} {' '.join(map(str, ids))}\n".encode())
         return real_loss(job, samples, ids)
 

@@ -22,12 +22,13 @@ from launch.report import RunLog
 from launch.watchdog import Watchdog
 
 SETTINGS = {"max_steps": 6, "save_steps": 2, "save_seconds": 1e6, "max_tokens_per_micro_batch": 128}
-# In the fourth step: a forward, a backward, before the update, after it and before the reduction, after that.
+# In the fourth step: a forward, a backward, before the update, after it and before the reduction, after that. Five
+# forwards and five reductions came before the first one, in the trials of the network and of the largest micro-batches.
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "forward": (job, "batch_loss", 11),
+    "forward": (job, "batch_loss", 16),
     "backward": (engines, "backward", 9),
     "update": (engines, "step", 4),
-    "reduction": (torch.distributed, "all_reduce", 7),
+    "reduction": (torch.distributed, "all_reduce", 17),
     "count": (RunLog, "step", 4),
 }
 

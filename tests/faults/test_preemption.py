@@ -54,7 +54,7 @@ def straight(world: World) -> dict[str, torch.Tensor]:
         ("evaluate", train, 2, [signal.SIGTERM], 2),
         pytest.param("evaluate", train, 1, [signal.SIGTERM], 0, marks=pytest.mark.slow),
         pytest.param("evaluate", train, 4, [signal.SIGTERM], 6, marks=pytest.mark.slow),
-        pytest.param("batch_loss", job, 12, THRICE, None, marks=pytest.mark.slow),
+        pytest.param("batch_loss", job, 17, THRICE, None, marks=pytest.mark.slow),
     ],
     ids=["evaluation", "first evaluation", "last evaluation", "within a step, thrice"],
 )
