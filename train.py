@@ -35,8 +35,12 @@ from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.deadline import Deadline
 from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
+from launch.findings import collect, settle
 from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
+from launch.machine import choose_precision, from_text, read_machine, to_text
+from launch.machine_findings import checks_of_ranks
+from launch.meeting import agree, gather_texts, meet
 from launch.merge_from_disk import find_source, merge_from_disk
 from launch.merge_rule import DTYPES, choose_dtype
 from launch.model import DTYPES as TRAINED_DTYPES
@@ -107,8 +111,11 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     """The line of a run, from the machine to the merged weights."""
     # ---- the machine -------------------------------------------------------------------------------------------------
     engines.quiet_libraries()
-    precision, precision_reason = engines.choose_precision(recipe.train.precision)
-    engines.check_process_count(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+    meeting = meet(recipe.run.process_group_timeout_seconds)  # kept: its store may be this process's own
+    machine = read_machine()
+    machines = [from_text(text) for text in gather_texts(meeting, "machine", to_text(machine))]
+    agree(meeting, "start", lambda: settle(collect(checks_of_ranks(machines, recipe.train.precision)), print))
+    precision, precision_reason = choose_precision(recipe.train.precision, machine)
     accelerator = engines.create_accelerator(recipe, precision)
     stopwatch.end("process group")
 
