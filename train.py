@@ -180,7 +180,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     if recipe.merges:
         merge_chosen(job, found, base, dtype_name, chosen)
         engines.after_rank_zero("merged")
-        dist.barrier()  # of ranks that are all here: they leave the process group, and its store, together
+    dist.barrier()  # of ranks that are all here: they leave the process group, and its store, together
     end_trackers(accelerator)
     if accelerator.is_main_process:
         runs.write_status(recipe.run_directory, "finished", "every step is done", step=job.total_steps)
