@@ -38,6 +38,9 @@ from launch.findings import collect, settle
 from launch.fingerprint import versions
 from launch.finish import merge_chosen, use_chosen_step
 from launch.job import Job, evaluate, gives_up_step
+from launch.machine import choose_precision, from_text, read_machine, to_text
+from launch.machine_findings import checks_of_ranks
+from launch.meeting import agree, gather_texts, meet
 from launch.merge_rule import DTYPES, choose_dtype
 from launch.model import tokenizer_and_template
 from launch.modes import keep_private
@@ -112,8 +115,11 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     """The line of a run, from the machine to the merged weights."""
     # ---- the machine -------------------------------------------------------------------------------------------------
     engines.quiet_libraries()
-    precision, precision_reason = engines.choose_precision(recipe.train.precision)
-    engines.check_process_count(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+    meeting = meet(recipe.run.process_group_timeout_seconds)  # kept: its store may be this process's own
+    machine = read_machine()
+    machines = [from_text(text) for text in gather_texts(meeting, "machine", to_text(machine))]
+    agree(meeting, "start", lambda: settle(collect(checks_of_ranks(machines, recipe.train.precision)), print))
+    precision, precision_reason = choose_precision(recipe.train.precision, machine)
     accelerator = engines.create_accelerator(recipe, precision)
     stopwatch.end("process group")
     network = reach_all_ranks(recipe, accelerator.device)
@@ -193,7 +199,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     if recipe.merges:
         merge_chosen(job, found, base, dtype_name, chosen)
         engines.after_rank_zero("merged")
-        dist.barrier()  # of ranks that are all here: they leave the process group, and its store, together
+    dist.barrier()  # of ranks that are all here: they leave the process group, and its store, together
     end_trackers(accelerator)
     if accelerator.is_main_process:
         runs.write_status(recipe.run_directory, "finished", "every step is done", step=job.total_steps)

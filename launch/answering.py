@@ -19,6 +19,7 @@ from launch.adapter import CONFIG_FILE, WEIGHTS_FILE
 from launch.config import load_recipe
 from launch.errors import ModelError, TemplateError, first_line
 from launch.hub import fetch, fetch_model
+from launch.machine import choose_precision, read_machine
 from launch.merge_from_disk import Source, find_source
 from launch.model import (
     added_token_ids,
@@ -176,7 +177,7 @@ def load_speaker(
             f"--trust-remote-code is for code that you have read; download {name} and give its directory ({key})."
         )
     engines.quiet_libraries()
-    precision, _ = engines.choose_precision("auto")
+    precision, _ = choose_precision("auto", read_machine())
     recipe = load_recipe(path / "recipe.yaml") if (path / "recipe.yaml").is_file() else None
     if recipe is not None:
         _check_run(path, recipe.model)

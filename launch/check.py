@@ -1,4 +1,4 @@
-"""launch check: what can be known about a run before a weight is read, and without a GPU."""
+"""launch check: what can be known about a run before a weight is read, where there is a GPU and where there is none."""
 
 import tempfile
 from pathlib import Path
@@ -9,6 +9,7 @@ from launch import preflight
 from launch.data import prepare
 from launch.data_report import outcomes_line
 from launch.findings import Check, Finding, collect, settle
+from launch.machine_findings import checks_of_machine
 from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
 from launch.recipe import TINY_MODEL_NAME, Recipe
 from launch.room import find_room
@@ -27,7 +28,7 @@ def check(recipe: Recipe) -> None:
         said.append(f"Rows {outcomes_line(report)}; {report['train']['trained_tokens']:,} trained tokens.")
         return []
 
-    settle(collect(checks_of_recipe(recipe, rows)), print)
+    settle(collect([*checks_of_machine(recipe.train.precision), *checks_of_recipe(recipe, rows)]), print)
     print(*said, "The recipe, the base model's config, the adapter's targets and every row pass.", sep="\n")
 
 

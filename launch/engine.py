@@ -6,7 +6,6 @@ requirements.txt, and tests/test_step.py and tests/test_resume.py fail when one 
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -53,50 +52,35 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|transformers|peft")
     warnings.filterwarnings("ignore", message="torch.utils.checkpoint: the use_reentrant")  # of old remote code
+    warnings.filterwarnings(
+        "ignore", message="(?s).*(of compute capability|with CUDA capability)", module=r"torch\.cuda"
+    )
     warnings.filterwarnings("ignore", message="Position ids are not supported", module="peft")  # with soft prompts
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
 
 
-def choose_precision(wanted: str) -> tuple[str, str]:
-    """(fp16 | bf16 | fp32, why). `auto` takes what the hardware is good at; PreflightError for what it cannot do."""
-    if wanted != "auto":
-        supported = {"fp16": get_accelerator().is_fp16_supported, "bf16": get_accelerator().is_bf16_supported}
-        if wanted != "fp32" and not supported[wanted]():
-            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
-            raise PreflightError(f"train.precision = {wanted}, which {device} does not do; leave it at auto.")
-        return wanted, "the recipe says so"
-    if not torch.cuda.is_available():
-        return "fp32", "there is no GPU"
-    name = torch.cuda.get_device_name()
-    if has_bf16_units():
-        return "bf16", f"{name} has bf16 units"
-    return "fp16", f"{name} has no bf16 units"
+def precisions_of_device(capability: tuple[int, int] | None) -> tuple[str, ...]:
+    """Those that a GPU of this compute capability, or else the CPU, computes in itself.
+
+    torch.cuda.is_bf16_supported() says yes to a V100, where bf16 is emulated.
+    """
+    if capability is None:
+        supported = {"bf16": get_accelerator().is_bf16_supported(), "fp16": get_accelerator().is_fp16_supported()}
+    else:
+        supported = {"bf16": bool(torch.version.hip) or capability >= (8, 0), "fp16": capability >= (7, 0)}
+    return "fp32", *(name for name, is_supported in supported.items() if is_supported)
 
 
 def has_bf16_units() -> bool:
-    """Whether there is a GPU that has them; torch says yes for others as well, which emulate bf16."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
-def check_process_count(num_local_processes: int, num_gpus: int) -> None:
-    """Raises PreflightError when processes would have to share a GPU. No GPU at all means CPU."""
-    if 0 < num_gpus < num_local_processes:
-        raise PreflightError(
-            f"{num_local_processes} processes were launched but this machine has {num_gpus} GPU(s); "
-            f"add --num_processes {num_gpus} to accelerate launch."
-        )
+    """Whether there is a GPU that has them."""
+    return torch.cuda.is_available() and "bf16" in precisions_of_device(torch.cuda.get_device_capability())
 
 
 def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
     """Join the process group (NCCL, or gloo without GPUs) and settle what the DeepSpeed JSON leaves to the recipe.
 
-    Raises PreflightError when the process was not started by accelerate with a DeepSpeed configuration.
+    Raises PreflightError for what that layout cannot train.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        raise PreflightError(
-            "train.py runs on DeepSpeed: start it with "
-            "accelerate launch --config_file configs/accelerate/zero3.yaml train.py."
-        )
     use_gpu = torch.cuda.is_available()
     if not use_gpu:
         # Which compiled ops could be built: none. Otherwise DeepSpeed probes for compilers, and then compiles its

@@ -14,6 +14,7 @@ from launch.data import conversations
 from launch.errors import DataError, PreflightError
 from launch.formats import BadRowError
 from launch.ledger import Work, render
+from launch.machine import choose_precision, read_machine
 from launch.model import choose_template, load_tokenizer, resolve_base
 from launch.recipe import Recipe
 from launch.remote_code import check_remote_code
@@ -96,7 +97,7 @@ def answers(recipe: Recipe, num_rows: int, max_new_tokens: int) -> Iterator[Answ
 
 def _load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Answering, str]:
     """(the model on its device, what it is)."""
-    precision, _ = engines.choose_precision(recipe.train.precision)
+    precision, _ = choose_precision(recipe.train.precision, read_machine())
     merged, adapter = recipe.run_directory / "merged", recipe.run_directory / "adapter"
     if merged.is_dir():
         model, name = load_whole(merged, recipe.model, precision), "merged model"

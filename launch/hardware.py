@@ -8,11 +8,12 @@ Ada architecture white papers (RTX 3090, 4090). None was measured here.
 import os
 import re
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from launch.errors import ConfigError
+from launch.free_memory import limit_bytes
 
 MIB = 1 << 20
 Interconnect = Literal["nvlink", "pcie"]
@@ -100,9 +101,9 @@ def find_hardware(
         raise ConfigError(f"--interconnect nvlink: plan has no NVLink figure for a {kind.name}; take pcie.")
     has_nvlink = interconnect == "nvlink" or (interconnect is None and gpu is None and "SXM" in found[0])
     between: Interconnect = "nvlink" if has_nvlink and kind.nvlink_gb_per_second else "pcie"
-    gpus = gpus or _slurm_number("SLURM_GPUS_ON_NODE") or 1
-    nodes = nodes or _slurm_number("SLURM_NNODES") or 1
-    memory = _host_memory_bytes() if host_memory is None else parse_size_bytes("--host-memory", host_memory)
+    gpus = gpus or slurm_number("SLURM_GPUS_ON_NODE") or 1
+    nodes = nodes or slurm_number("SLURM_NNODES") or 1
+    memory = host_memory_bytes() if host_memory is None else parse_size_bytes("--host-memory", host_memory)
     return Hardware(kind, gpus, nodes, memory, between)
 
 
@@ -131,26 +132,29 @@ def known_gpu(name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS.values() if re.search(gpu.smi_name, name)), None)
 
 
-def _slurm_number(variable: str) -> int | None:
+def slurm_number(variable: str) -> int | None:
+    """What Slurm says of this allocation; None outside one, and for 0, which is `--mem`'s word for everything."""
     found = re.match(r"\d+", os.environ.get(variable, ""))
     return int(found[0]) if found and int(found[0]) else None
 
 
-def _host_memory_bytes() -> int | None:
-    """The least of what the machine has, what Slurm gives a node, and the limit of this control group."""
+def host_memory_bytes() -> int | None:
+    """The least of what the machine has, the limits of its control groups, and what Slurm gives the job of a node.
+
+    None where that is not known.
+    """
     limits = []
-    slurm = _slurm_number("SLURM_MEM_PER_NODE")  # megabytes, as Slurm counts them
-    if slurm:
-        limits.append(slurm * MIB)
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        try:
-            limits.append(int(path.read_text(encoding="ascii")))
-        except (OSError, ValueError):  # there is none, or it says max
-            continue
-    try:
-        found = re.search(r"^MemTotal:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
-    except OSError:
-        found = None
-    if found:
-        limits.append(int(found[1]) * 1024)
+    if slurm_mib := _slurm_memory_mib():
+        limits.append(slurm_mib * MIB)
+    with suppress(OSError):  # there is no /proc
+        limits.append(limit_bytes())
     return min(limits, default=None)
+
+
+def _slurm_memory_mib() -> int | None:
+    """Of --mem, or of --mem-per-cpu or --mem-per-gpu times what the job has of those on this node."""
+    for each, count in (("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"), ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE")):
+        mib, number = slurm_number(each), slurm_number(count)
+        if mib and number:
+            return mib * number
+    return slurm_number("SLURM_MEM_PER_NODE")

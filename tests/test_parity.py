@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.errors import MergeError
-from launch.free_memory import available_bytes
+from launch.free_memory import available_bytes, limit_bytes
 from launch.merge_from_disk import find_source, merge_from_disk
 from launch.parity import NUM_ROWS, POSITIONS_PER_ROW, Unmerged, check_logits
 from launch.recipe import ModelBlock
@@ -158,12 +158,14 @@ def test_free_memory_is_that_of_the_tightest_cgroup(tmp_path: Path) -> None:
     mine = proc / "self" / "cgroup"
     mine.write_text("0::/slurm/job_5/task_0\n", encoding="utf-8")
     assert available_bytes(proc, cgroups) == 800 * 1024, "no cgroup can be seen"
+    assert limit_bytes(proc, cgroups) == 900 * 1024
 
     stat = "anon 1\nactive_file 30000\ninactive_file 20000"
     cgroup(cgroups / "slurm/job_5/task_0", memory__max="max", memory__current=1, memory__stat=stat)
     assert available_bytes(proc, cgroups) == 800 * 1024
     cgroup(cgroups / "slurm/job_5", memory__max=500_000, memory__current=400_000, memory__stat=stat)
     assert available_bytes(proc, cgroups) == 150_000, "pages of files are given back"
+    assert limit_bytes(proc, cgroups) == 500_000, "that of the job, below the root"
     cgroup(cgroups, memory__max=300_000, memory__current=299_000, memory__stat="active_file 0\ninactive_file 0")
     assert available_bytes(proc, cgroups) == 1_000, "a container sees its own at the root"
 
@@ -172,10 +174,10 @@ def test_free_memory_is_that_of_the_tightest_cgroup(tmp_path: Path) -> None:
     stat = "cache 9\ntotal_active_file 30000\ntotal_inactive_file 20000"
     names = {"memory__limit_in_bytes": 500_000, "memory__usage_in_bytes": 460_000, "memory__stat": stat}
     cgroup(cgroups / "memory", **names)
-    assert available_bytes(proc, cgroups) == 90_000
+    assert (available_bytes(proc, cgroups), limit_bytes(proc, cgroups)) == (90_000, 500_000)
     cgroup(cgroups / "memory", **(names | {"memory__usage_in_bytes": 600_000}))
     assert available_bytes(proc, cgroups) == 0
 
 
 def test_free_memory_of_this_machine() -> None:
-    assert 1e6 < available_bytes() < 1e15
+    assert 1e6 < available_bytes() < limit_bytes() < 1e15

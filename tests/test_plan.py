@@ -22,7 +22,8 @@ from launch import memory, speed
 from launch.activations import MicroBatch, Way
 from launch.config import load_recipe
 from launch.errors import ConfigError, ModelError
-from launch.hardware import GPUS, Hardware, find_hardware, parse_size_bytes
+from launch.free_memory import limit_bytes
+from launch.hardware import GPUS, Hardware, find_hardware, host_memory_bytes, parse_size_bytes
 from launch.plan import ACCELERATE, LAYOUTS, Case, Choice, choices, find_base, make_case, read_sharding, recommend
 from launch.plan_report import changes, command, plan_lines, write_plan
 
@@ -228,6 +229,24 @@ def test_an_allocation_says_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None
     found = find_hardware("a100-80gb", None, None, None, None)
     assert (found.num_ranks, found.gpus_per_node, found.interconnect) == (6, 3, "pcie")
     assert found.host_memory_bytes == 512 << 20
+
+
+@pytest.mark.parametrize(
+    ("variables", "mebibytes"),
+    [
+        ({"SLURM_MEM_PER_NODE": "512"}, 512),
+        ({"SLURM_MEM_PER_CPU": "64", "SLURM_CPUS_ON_NODE": "4"}, 256),
+        ({"SLURM_MEM_PER_GPU": "96", "SLURM_GPUS_ON_NODE": "2"}, 192),
+        ({"SLURM_MEM_PER_NODE": "0"}, None),
+        ({}, None),
+    ],
+)
+def test_what_slurm_gives_is_all_there_is(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], mebibytes: int | None
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert host_memory_bytes() == (limit_bytes() if mebibytes is None else mebibytes << 20)
 
 
 @pytest.mark.parametrize(

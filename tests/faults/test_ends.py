@@ -74,6 +74,25 @@ def test_a_rank_killed_in_any_part_of_a_step_costs_no_update(
     assert [record["step"] for record in world.metrics(recipe.stem, "train")] == [1, 2, 3, 4, 5, 6]
 
 
+def late_to_the_end(arguments: list[str]) -> int:
+    """train.py's main; the last rank asks late which step was chosen."""
+    real = engines.after_rank_zero
+
+    def late(what: str, *work: Callable[[], str]) -> str:
+        if what == "choose" and os.environ["RANK"] == "1":
+            time.sleep(1.5)
+        return real(what, *work)
+
+    engines.after_rank_zero = late
+    return train.main(arguments)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_late_at_the_end_still_finds_the_others(world: World) -> None:
+    """Rank zero may be the server of the store in which they meet."""
+    assert run_ranks(2, late_to_the_end, [str(world.recipe("late", train={"max_steps": 1}))]) == [0, 0]
+
+
 # ---- ends that need no rank ----
 
 
