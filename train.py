@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch import batching, preflight, runs
+from launch import batching, layout_files, preflight, runs
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch import merge as merging
@@ -35,6 +35,7 @@ from launch.checkpoint import Resumable
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.deadline import Deadline
 from launch.errors import LaunchError, NoProgressError, RunInUseError, TrainingError
+from launch.findings import settle
 from launch.fingerprint import versions
 from launch.job import Job, evaluate, gives_up_step
 from launch.merge_from_disk import find_source, merge_from_disk
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if os.environ.get("LOCAL_RANK", "0") == "0":
             preflight.remove_stale_build_locks(print)
+        launched, auto = layout_files.layout_of_environment(os.environ), engines.choose_precision("auto")[0]
+        layout = functools.partial(layout_files.check, recipe, launched, auto)
         with runs.open_run(directory) if is_rank_zero else nullcontext():
             if is_rank_zero:
                 newest = runs.newest_step(directory)
@@ -77,7 +80,9 @@ def main(arguments: Sequence[str]) -> int:
                 kept = f"step {newest} is saved" if newest else "there was nothing to save yet"
                 word = f"asked to stop before the first step; {kept}"
                 preemption.end_when_asked(lambda: runs.leave(directory, "preempted", word))
-                preflight.check(recipe)
+                preflight.check(recipe, [layout])
+            else:
+                settle(layout(), lambda _: None)  # accelerate's traceback would come before rank zero's sentence
             stopwatch.end("checks")
             train(recipe, stopwatch)
         return 0

@@ -6,7 +6,6 @@ requirements.txt, and tests/test_step.py and tests/test_resume.py fail when one 
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -87,15 +86,7 @@ def check_process_count(num_local_processes: int, num_gpus: int) -> None:
 
 
 def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
-    """Join the process group (NCCL, or gloo without GPUs) and settle what the DeepSpeed JSON leaves to the recipe.
-
-    Raises PreflightError when the process was not started by accelerate with a DeepSpeed configuration.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        raise PreflightError(
-            "train.py runs on DeepSpeed: start it with "
-            "accelerate launch --config_file configs/accelerate/zero3.yaml train.py."
-        )
+    """Join the process group (NCCL, or gloo without GPUs) and settle what the DeepSpeed JSON leaves to the recipe."""
     use_gpu = torch.cuda.is_available()
     if not use_gpu:
         # Which compiled ops could be built: none. Otherwise DeepSpeed probes for compilers, and then compiles its
@@ -110,14 +101,8 @@ def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
         log_with=list(recipe.run.report_to) or None,
         project_dir=str(recipe.run_directory / "logs"),
     )
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin.zero_stage == 3 and recipe.model.load_in_4bit and getattr(recipe.adapter, "use_dora", False):
-        raise PreflightError(
-            "adapter.use_dora on a base in 4 bits unpacks weights that ZeRO-3 does not know as its own, and stops; "
-            "start with --config_file configs/accelerate/zero2.yaml, or set adapter.use_dora: false."
-        )
     # No dataloader is prepared, so accelerate cannot fill these; "auto" clipping would silently become 1.0.
-    settings = plugin.deepspeed_config
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = 1
     settings["train_batch_size"] = accelerator.num_processes
     settings["gradient_clipping"] = recipe.train.max_grad_norm
@@ -154,15 +139,10 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
     """Wrap the model and a torch AdamW over its trainable parameters; the optimizer's state exists from the start.
 
     torch's AdamW instead of DeepSpeed's: that one is compiled on first use, and keeps a running product of beta that
-    makes a resumed run drift. Raises PreflightError when fp16 would run without a dynamic loss scaler.
+    makes a resumed run drift.
     """
     optimizer = _adamw(model, train)
     engine = accelerator.prepare(model, optimizer)[0]
-    if engine.zero_optimization_stage() < 3 and not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
-        raise PreflightError(
-            f"ZeRO-{engine.zero_optimization_stage()} is run by DeepSpeed's {type(engine.optimizer).__name__} here, "
-            "whose state cannot be saved for another number of ranks; set stage 2 or 3 in the DeepSpeed JSON."
-        )
     engine.train()  # from_pretrained leaves the model in eval mode, without dropout and gradient checkpointing
     for group in _flat_groups(engine):
         state = engine.optimizer.optimizer.state[group]
@@ -172,11 +152,8 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
     if engine.zero_optimization_stage() < 3:
         engine.optimizer._hp_optimizer_states_linked = False  # linked to the state before it existed
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    if engine.fp16_enabled() and not isinstance(engine.optimizer.loss_scaler, DynamicLossScaler):
-        raise PreflightError(
-            "fp16 would train without a dynamic loss scaler; set fp16.loss_scale to 0 in the DeepSpeed JSON."
-        )
-    if engine.fp16_enabled():
+    if engine.fp16_enabled():  # DeepSpeed makes a static scaler for what is trained in fp32
+        assert isinstance(engine.optimizer.loss_scaler, DynamicLossScaler), "something trained is not in fp16"
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # train.max_bad_steps decides, for any precision
     return engine
 

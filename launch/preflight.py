@@ -20,9 +20,9 @@ from launch.trackers import PACKAGES
 STALE_BUILD_SECONDS = 600.0
 
 
-def check(recipe: Recipe) -> None:
-    """Raises a LaunchError for what would stop the run later, as far as the recipe itself says."""
-    settle(collect(checks(recipe)), print)
+def check(recipe: Recipe, others: Sequence[Check] = ()) -> None:
+    """Raises a LaunchError for what would stop the run later, as far as the recipe itself and `others` say."""
+    settle(collect([*checks(recipe), *others]), print)
 
 
 def checks(recipe: Recipe, of_model: Sequence[Check] = ()) -> list[Check]:
