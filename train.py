@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch import batching, preflight, runs, worst_case
+from launch import batching, layout_files, preflight, runs, worst_case
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch.checkpoint import Resumable
@@ -34,11 +34,11 @@ from launch.collectives import try_network
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.deadline import Deadline
 from launch.errors import LaunchError, NoProgressError, OutOfMemoryError, RunInUseError, TrainingError
-from launch.findings import collect, settle
+from launch.findings import Check, collect, settle
 from launch.fingerprint import versions
 from launch.finish import merge_chosen, use_chosen_step
 from launch.job import Job, evaluate, gives_up_step
-from launch.machine import choose_precision, from_text, read_machine, to_text
+from launch.machine import Machine, choose_precision, from_text, read_machine, to_text
 from launch.machine_findings import checks_of_ranks
 from launch.meeting import agree, gather_texts, meet
 from launch.merge_rule import DTYPES, choose_dtype
@@ -82,8 +82,6 @@ def main(arguments: Sequence[str]) -> int:
                 kept = f"step {newest} is saved" if newest else "there was nothing to save yet"
                 word = f"asked to stop before the first step; {kept}"
                 preemption.end_when_asked(lambda: runs.leave(directory, "preempted", word))
-                settle(collect([*preflight.checks(recipe), lambda: find_room(recipe, is_start=True)]), print)
-            stopwatch.end("checks")
             train(recipe, stopwatch)
         return 0
     except LaunchError as error:
@@ -118,7 +116,8 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     meeting = meet(recipe.run.process_group_timeout_seconds)  # kept: its store may be this process's own
     machine = read_machine()
     machines = [from_text(text) for text in gather_texts(meeting, "machine", to_text(machine))]
-    agree(meeting, "start", lambda: settle(collect(checks_of_ranks(machines, recipe.train.precision)), print))
+    agree(meeting, "start", lambda: settle(collect(checks_of_start(recipe, machines)), print))
+    stopwatch.end("checks")
     precision, precision_reason = choose_precision(recipe.train.precision, machine)
     accelerator = engines.create_accelerator(recipe, precision)
     stopwatch.end("process group")
@@ -204,6 +203,16 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     if accelerator.is_main_process:
         runs.write_status(recipe.run_directory, "finished", "every step is done", step=job.total_steps)
         print(closing_lines(recipe), flush=True)
+
+
+def checks_of_start(recipe: Recipe, machines: Sequence[Machine]) -> list[Check]:
+    """All that can be known before NCCL and the weights; on rank zero, with the machine of each rank."""
+    launched, auto_precision = layout_files.layout_of_environment(os.environ), choose_precision("auto", machines[0])[0]
+    return [
+        *preflight.checks(recipe, of_model=[lambda: find_room(recipe, is_start=True)]),
+        lambda: layout_files.check(recipe, launched, auto_precision),
+        *checks_of_ranks(machines, recipe.train.precision),
+    ]
 
 
 def reach_all_ranks(recipe: Recipe, device: torch.device) -> dict[str, float]:

@@ -62,13 +62,16 @@ def plan(
 
 
 @app.command()
-def check(arguments: Arguments = None) -> None:
+def check(
+    arguments: Arguments = None,
+    config_file: Annotated[Path, typer.Option(help="Of accelerate launch.")] = Path("configs/accelerate/zero3.yaml"),
+) -> None:
     """Make every check of a run that needs no weights; exit code 2 and all that is wrong when it would be refused."""
 
     def work() -> None:
-        from launch.check import check as check_recipe
+        from launch.check import check as check_run
 
-        check_recipe(parse_command_line(arguments or []))
+        check_run(parse_command_line(arguments or []), config_file)
 
     _refuse_in_one_sentence(work)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import transformers
 
-from launch import preflight
+from launch import layout_files, preflight
 from launch.data import prepare
 from launch.data_report import outcomes_line
 from launch.findings import Check, Finding, collect, settle
@@ -16,8 +16,11 @@ from launch.room import find_room
 from launch.starting_adapter import fingerprint_starting_adapter
 
 
-def check(recipe: Recipe) -> None:
-    """Make every check, and say what became of the rows. Raises a LaunchError that names all that stops the run."""
+def check(recipe: Recipe, config_file: Path) -> None:
+    """Make every check of the run that accelerate launch would start with this file, and say what became of the rows.
+
+    Raises a LaunchError that names all that stops the run.
+    """
     transformers.logging.set_verbosity_error()  # remote code gives it much to remark on
     said: list[str] = []
 
@@ -28,12 +31,12 @@ def check(recipe: Recipe) -> None:
         said.append(f"Rows {outcomes_line(report)}; {report['train']['trained_tokens']:,} trained tokens.")
         return []
 
-    settle(collect([*checks_of_machine(recipe.train.precision), *checks_of_recipe(recipe, rows)]), print)
-    print(*said, "The recipe, the base model's config, the adapter's targets and every row pass.", sep="\n")
+    settle(collect([*checks_of_machine(recipe.train.precision), *checks_of_run(recipe, config_file, rows)]), print)
+    print(*said, "The recipe, its layout, the base model's config, the adapter's targets and every row pass.", sep="\n")
 
 
-def checks_of_recipe(recipe: Recipe, rows: Check) -> list[Check]:
-    """Of the recipe and of what it names; `rows` looks at those, which need the base's tokenizer."""
+def checks_of_run(recipe: Recipe, config_file: Path, rows: Check) -> list[Check]:
+    """Of the recipe, of what it names and of its layout; `rows` looks at those, which need the base's tokenizer."""
 
     def adapter() -> list[Finding]:
         known = preflight.as_prepared(recipe)
@@ -45,4 +48,8 @@ def checks_of_recipe(recipe: Recipe, rows: Check) -> list[Check]:
         fingerprint_starting_adapter(recipe.adapter)
         return []
 
-    return [*preflight.checks(recipe, of_model=[adapter, rows, lambda: find_room(recipe)]), starting_adapter]
+    def layout() -> list[Finding]:
+        return layout_files.check(recipe, layout_files.layout_of_file(config_file))
+
+    of_model = [adapter, rows, lambda: find_room(recipe)]
+    return [*preflight.checks(recipe, of_model), starting_adapter, layout]

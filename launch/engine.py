@@ -34,7 +34,7 @@ from transformers.integrations.deepspeed import (  # noqa: E402
     unset_hf_deepspeed_config,
 )
 
-from launch.errors import PreflightError, TrainingError  # noqa: E402
+from launch.errors import TrainingError  # noqa: E402
 from launch.recipe import Recipe, TrainBlock  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch's AdamW
@@ -77,10 +77,7 @@ def has_bf16_units() -> bool:
 
 
 def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
-    """Join the process group (NCCL, or gloo without GPUs) and settle what the DeepSpeed JSON leaves to the recipe.
-
-    Raises PreflightError for what that layout cannot train.
-    """
+    """Join the process group (NCCL, or gloo without GPUs) and settle what the DeepSpeed JSON leaves to the recipe."""
     use_gpu = torch.cuda.is_available()
     if not use_gpu:
         # Which compiled ops could be built: none. Otherwise DeepSpeed probes for compilers, and then compiles its
@@ -95,14 +92,8 @@ def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
         log_with=list(recipe.run.report_to) or None,
         project_dir=str(recipe.run_directory / "logs"),
     )
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin.zero_stage == 3 and recipe.model.load_in_4bit and getattr(recipe.adapter, "use_dora", False):
-        raise PreflightError(
-            "adapter.use_dora on a base in 4 bits unpacks weights that ZeRO-3 does not know as its own, and stops; "
-            "start with --config_file configs/accelerate/zero2.yaml, or set adapter.use_dora: false."
-        )
     # No dataloader is prepared, so accelerate cannot fill these; "auto" clipping would silently become 1.0.
-    settings = plugin.deepspeed_config
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = 1
     settings["train_batch_size"] = accelerator.num_processes
     settings["gradient_clipping"] = recipe.train.max_grad_norm
@@ -139,15 +130,10 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
     """Wrap the model and a torch AdamW over its trainable parameters; the optimizer's state exists from the start.
 
     torch's AdamW instead of DeepSpeed's: that one is compiled on first use, and keeps a running product of beta that
-    makes a resumed run drift. Raises PreflightError when fp16 would run without a dynamic loss scaler.
+    makes a resumed run drift.
     """
     optimizer = _adamw(model, train)
     engine = accelerator.prepare(model, optimizer)[0]
-    if engine.zero_optimization_stage() < 3 and not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
-        raise PreflightError(
-            f"ZeRO-{engine.zero_optimization_stage()} is run by DeepSpeed's {type(engine.optimizer).__name__} here, "
-            "whose state cannot be saved for another number of ranks; set stage 2 or 3 in the DeepSpeed JSON."
-        )
     engine.train()  # from_pretrained leaves the model in eval mode, without dropout and gradient checkpointing
     for group in flat_groups(engine):
         state = engine.optimizer.optimizer.state[group]
@@ -158,11 +144,8 @@ def start_engine(accelerator: Accelerator, model: torch.nn.Module, train: TrainB
         engine.optimizer._hp_optimizer_states_linked = False  # linked to the state before it existed
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     _check_masters(engine)
-    if engine.fp16_enabled() and not isinstance(engine.optimizer.loss_scaler, DynamicLossScaler):
-        raise PreflightError(
-            "fp16 would train without a dynamic loss scaler; set fp16.loss_scale to 0 in the DeepSpeed JSON."
-        )
-    if engine.fp16_enabled():
+    if engine.fp16_enabled():  # DeepSpeed makes a static scaler for what is trained in fp32
+        assert isinstance(engine.optimizer.loss_scaler, DynamicLossScaler), "something trained is not in fp16"
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # train.max_bad_steps decides, for any precision
     return engine
 

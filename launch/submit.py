@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch import preflight, runs, slurm, slurm_options
-from launch.check import checks_of_recipe
+from launch.check import checks_of_run
 from launch.config import DEFAULT_RECIPE, dump_recipe, is_override
 from launch.data import check_beginnings
 from launch.errors import ConfigError, RunInUseError
@@ -40,8 +40,6 @@ def submit(
     directory = recipe.run_directory
     if not Path("train.py").is_file():
         raise ConfigError(f"{Path.cwd()} has no train.py for the job to run; go to the checkout first.")
-    if not config_file.is_file():
-        raise ConfigError(f"--config-file {config_file}: there is no such file.")
     if rank_python is not None and not os.access(rank_python, os.X_OK):
         raise ConfigError(
             f"--python {rank_python}: there is no such program; give an interpreter, or a script that is one."
@@ -52,7 +50,7 @@ def submit(
     text, why = _job_text(recipe, arguments, config_file, processes_per_node, rank_python or Path(sys.executable))
     rendered = text.render()
     _check_queue(directory)
-    _check_recipe(recipe)
+    _check_run(recipe, config_file)
     if is_dry_run:
         print(rendered, end="")
         for option in text.beside:
@@ -152,12 +150,12 @@ def _check_queue(directory: Path) -> None:
         )
 
 
-def _check_recipe(recipe: Recipe) -> None:
-    """The base's config, the adapter's targets, the template, and the first rows of every source."""
+def _check_run(recipe: Recipe, config_file: Path) -> None:
+    """The layout, the base's config, the adapter's targets, the template, and the first rows of every source."""
 
     def rows() -> list[Finding]:
         known = preflight.as_prepared(recipe)
         check_beginnings(known, tokenizer_and_template(known))
         return []
 
-    settle(collect(checks_of_recipe(recipe, rows)), print)
+    settle(collect(checks_of_run(recipe, config_file, rows)), print)

@@ -34,7 +34,7 @@ def test_check_says_what_a_run_would_find(world: World) -> None:
     code, out, _ = python_m_launch("check", world.recipe("check"))
     assert (code, out.splitlines()[-1]) == (
         0,
-        "The recipe, the base model's config, the adapter's targets and every row pass.",
+        "The recipe, its layout, the base model's config, the adapter's targets and every row pass.",
     )
     assert "Rows 50: 40 trained, 10 evaluated; " in out
     assert not world.run_directory("check").exists(), "a check leaves nothing behind"
