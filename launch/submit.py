@@ -3,17 +3,16 @@
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launch import preflight, runs, slurm
+from launch import runs, slurm
 from launch.check import checks_of_recipe
 from launch.config import DEFAULT_RECIPE, dump_recipe, is_override
-from launch.data import check_beginnings
+from launch.data import Tools, check_beginnings
 from launch.errors import ConfigError, LaunchError, RunInUseError
-from launch.findings import Finding, collect, settle
+from launch.findings import collect, settle
 from launch.memory import numel
-from launch.model import tokenizer_and_template
 from launch.modes import keep_private
 from launch.plan import find_base
 from launch.recipe import Recipe
@@ -127,10 +126,8 @@ def _check_queue(directory: Path) -> None:
 def _check_recipe(recipe: Recipe) -> None:
     """The base's config, the adapter's targets, the template, and the first rows of every source."""
 
-    def rows() -> list[Finding]:
-        known = preflight.as_prepared(recipe)
-        check_beginnings(known, tokenizer_and_template(known))
-        return []
+    def rows(known: Recipe, tools: Callable[[], Tools]) -> None:
+        check_beginnings(known, tools())
 
     settle(collect(checks_of_recipe(recipe, rows)), print)
 
