@@ -1,16 +1,18 @@
 """launch check: what can be known about a run before a weight is read, where there is a GPU and where there is none."""
 
+import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import transformers
 
 from launch import layout_files, preflight
-from launch.data import prepare
+from launch.data import Tools, prepare
 from launch.data_report import outcomes_line
 from launch.findings import Check, Finding, collect, settle
 from launch.machine_findings import checks_of_machine
-from launch.model import check_adapter_fits, resolve_base, tokenizer_and_template
+from launch.model import checks_of_base, resolve_base, tokenizer_and_template
 from launch.recipe import TINY_MODEL_NAME, Recipe
 from launch.room import find_room
 from launch.starting_adapter import fingerprint_starting_adapter
@@ -24,25 +26,35 @@ def check(recipe: Recipe, config_file: Path) -> None:
     transformers.logging.set_verbosity_error()  # remote code gives it much to remark on
     said: list[str] = []
 
-    def rows() -> list[Finding]:
-        known = preflight.as_prepared(recipe)
+    def rows(known: Recipe, tools: Callable[[], Tools]) -> None:
         with tempfile.TemporaryDirectory() as directory:
-            report = prepare(known, Path(directory), lambda: tokenizer_and_template(known)).report
+            report = prepare(known, Path(directory), tools).report
         said.append(f"Rows {outcomes_line(report)}; {report['train']['trained_tokens']:,} trained tokens.")
-        return []
 
     settle(collect([*checks_of_machine(recipe.train.precision), *checks_of_run(recipe, config_file, rows)]), print)
     print(*said, "The recipe, its layout, the base model's config, the adapter's targets and every row pass.", sep="\n")
 
 
-def checks_of_run(recipe: Recipe, config_file: Path, rows: Check) -> list[Check]:
-    """Of the recipe, of what it names and of its layout; `rows` looks at those, which need the base's tokenizer."""
+def checks_of_run(
+    recipe: Recipe, config_file: Path, rows: Callable[[Recipe, Callable[[], Tools]], None]
+) -> list[Check]:
+    """Of the recipe, of what it names and of its layout.
 
-    def adapter() -> list[Finding]:
+
+    `rows` looks at those and raises a LaunchError; it is given the recipe with its base's commit, and what loads the
+    base's tokenizer, once.
+    """
+
+    def of_base() -> list[Finding]:
         known = preflight.as_prepared(recipe)
-        is_tiny = known.model.name_or_path == TINY_MODEL_NAME
-        check_adapter_fits(TINY_MODEL_NAME if is_tiny else resolve_base(known), known)
-        return []
+        base = TINY_MODEL_NAME if known.model.name_or_path == TINY_MODEL_NAME else resolve_base(known)
+        tools = functools.cache(lambda: tokenizer_and_template(known))
+
+        def of_rows() -> list[Finding]:
+            rows(known, tools)
+            return []
+
+        return collect(checks_of_base(known, base, tools, rows=[of_rows]))
 
     def starting_adapter() -> list[Finding]:
         fingerprint_starting_adapter(recipe.adapter)
@@ -51,5 +63,5 @@ def checks_of_run(recipe: Recipe, config_file: Path, rows: Check) -> list[Check]
     def layout() -> list[Finding]:
         return layout_files.check(recipe, layout_files.layout_of_file(config_file))
 
-    of_model = [adapter, rows, lambda: find_room(recipe)]
+    of_model = [of_base, lambda: find_room(recipe)]
     return [*preflight.checks(recipe, of_model), starting_adapter, layout]

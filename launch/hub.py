@@ -90,6 +90,25 @@ def missing_bytes(name: str, revision: str | None) -> int | None:
     return sum(file.file_size or 0 for file in files if file.will_download)
 
 
+def list_files(name: str, commit: str) -> dict[str, int] | None:
+    """The size in bytes of each file of a repository; None when the hub does not say."""
+    import httpx2
+    from huggingface_hub import HfApi, RepoFile
+
+    try:
+        entries = list(HfApi().list_repo_tree(name, revision=commit))
+    except (OSError, httpx2.HTTPError):  # there is no network, or none is to be used
+        return None
+    return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE keeps this process from asking the hub."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def cache_directory() -> Path:
     """Where the hub's files are kept on this machine."""
     from huggingface_hub import constants

@@ -40,8 +40,10 @@ from launch.recipe import SHARD_BYTES, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
 from launch.runs import DELETING, SAVING, newest_step, read_json
 from launch.saved_embeddings import is_saved_twice, keys_of_base, resize_as_saved, whole_embedding
+from launch.shapes import read_config
 from launch.shards import Stored, read_model, read_safetensors
 from launch.vocabulary import add_rows, own_rows, row_names, set_token_ids, with_mean
+from launch.weight_files import quantised_as
 
 # Ways to begin that take something away from the base, which is then not the one on disk.
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -119,6 +121,11 @@ def merge_from_disk(
     directory, commit = fetch_model("The base", name, settings.revision, MergeError)
     check_remote_code(settings, directory, commit, consent="give --trust-remote-code")
     target = place_of(target, base=directory, adapter=source.adapter)
+    if quantised := quantised_as(read_config(directory / "config.json")):
+        raise MergeError(
+            f"The weights of {name} are quantised already ({quantised}), and an adapter can only be merged into the "
+            "ones that they were made of; give those with --base."
+        )
     stored = read_model(directory)
     trained = read_safetensors(source.adapter / WEIGHTS_FILE)
     fingerprint = fingerprint_base(name, settings)

@@ -1,7 +1,8 @@
 """The tokenizer and the base model, by hub id, by local path, or built on the spot."""
 
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +25,22 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from launch import factory, tiny
 from launch.adapter import check_targets, with_token_ids
+from launch.attention import attention_in_use
+from launch.data import Tools
 from launch.errors import ConfigError, ModelError, TemplateError, first_line
+from launch.findings import Check, Finding, after
 from launch.fingerprint import TINY_ROWS, fingerprint_tiny
+from launch.model_files import base_config, base_directory
 from launch.modes import as_at_start
 from launch.packing import forward_arguments
 from launch.quantisation import check_usable, is_quantised, keep_layout, quantisation
 from launch.recipe import TINY_MODEL_NAME, LoraBlock, ModelBlock, PrefixTuningBlock, Recipe
 from launch.remote_code import loading_class
+from launch.shapes import quantised_sentence
+from launch.shards import find_code_in_pickles
 from launch.templates import ChatTemplate, load_chat_template
+from launch.token_findings import find_token_faults
+from launch.weight_files import quantised_as
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -105,8 +114,39 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
     return ChatTemplate(name, source, **tokens)
 
 
+def checks_of_base(recipe: Recipe, base: str, tools: Callable[[], Tools], rows: Sequence[Check] = ()) -> list[Check]:
+    """Those that need libraries but no weight, of a base that is there; `tools` gives tokenizer and template.
+
+    `base` is as for `check_adapter_fits`. `rows` look at the rows, which need the tokenizer.
+    """
+    is_ours = recipe.model.factory is not None or base == TINY_MODEL_NAME  # without files of transformers
+
+    def config() -> list[Finding]:
+        if not is_ours:
+            _config(base, recipe.model)
+        return []
+
+    def fits() -> list[Finding]:
+        check_adapter_fits(base, recipe)
+        return []
+
+    def can_be_quantised() -> list[Finding]:
+        if recipe.model.load_in_4bit:
+            check_usable()
+        return []
+
+    def pickles() -> Iterator[Finding]:
+        if not is_ours:
+            yield from find_code_in_pickles(base_directory(recipe.model))
+
+    def tokens() -> Iterator[Finding]:
+        yield from find_token_faults(*tools(), base_config(recipe.model), recipe.model)
+
+    return [after(config, [fits, after(tokens, rows)]), can_be_quantised, pickles]
+
+
 def check_adapter_fits(base: str, recipe: Recipe) -> None:
-    """Find a misspelt target before the weights are read, on a model without weights, and that they can be quantised.
+    """Find a misspelt target before the weights are read, on a model without weights.
 
     Of a factory's model the names and shapes of the weights are compared as well. `base` may be the name of the tiny
     one, which need not have been built. `add_adapter` checks again.
@@ -121,8 +161,6 @@ def check_adapter_fits(base: str, recipe: Recipe) -> None:
             )
         check_targets(skeleton, recipe.adapter)
         return
-    if recipe.model.load_in_4bit:
-        check_usable()
     model = build_skeleton(base, recipe.model)
     if model is not None:
         check_skeleton(model, recipe)
@@ -205,9 +243,12 @@ def load_base(base: str, model: ModelBlock, precision: str) -> torch.nn.Module:
                 f"({len(found[fault])} such tensors); transformers would fill them with random numbers."
             )
     if is_quantised(loaded) and loaded.hf_quantizer.pre_quantized:
+        raise ModelError(quantised_sentence(base, quantised_as(config.to_dict()) or "4 bits"))
+    as_asked, in_use = attention_in_use(loaded, model.attn_implementation)
+    if not as_asked:
         raise ModelError(
-            f"The weights of {base} are in 4 bits already, and an adapter can only be merged into the ones that they "
-            "were made of; name those in model.name_or_path, and set model.load_in_4bit to true."
+            f"model.attn_implementation = {model.attn_implementation}, but {base} computes with {in_use}; set "
+            "model.attn_implementation to that, or take another base."
         )
     if model.load_in_4bit:
         keep_layout(loaded)
@@ -274,6 +315,8 @@ def _loading(what: str, model: ModelBlock) -> Iterator[None]:
     try:
         with as_at_start():  # it may be fetched into a cache that users share
             yield
+    except pickle.UnpicklingError:
+        raise ModelError(f"{what} holds more in its pickles than tensors, and code is not unpickled.") from None
     except (OSError, ValueError, ImportError) as error:
         if "does not support an attention implementation" in str(error):
             attention = model.attn_implementation

@@ -13,8 +13,10 @@ from launch.errors import ConfigError, ModelError
 from launch.findings import Check, Finding, after, collect, settle
 from launch.hub import fetch
 from launch.lock import seconds_since
+from launch.model_files import find_model_files, find_positions
 from launch.recipe import TINY_MODEL_NAME, ModelBlock, Recipe
 from launch.remote_code import check_remote_code
+from launch.shapes import read_config
 from launch.trackers import PACKAGES
 
 STALE_BUILD_SECONDS = 600.0
@@ -27,12 +29,20 @@ def check(recipe: Recipe) -> None:
 
 def checks(recipe: Recipe, of_model: Sequence[Check] = ()) -> list[Check]:
     """Of the recipe itself, without torch; `of_model` are those that need the model to be there."""
+    found: list[tuple[Path, str | None]] = []
+    name, max_length = recipe.model.name_or_path, recipe.data.max_length
 
     def model() -> list[Finding]:
-        check_model(recipe.model, recipe.run_directory)
+        found.extend(filter(None, [check_model(recipe.model, recipe.run_directory)]))
         return []
 
-    return [after(model, of_model), lambda: find_trackers(recipe.run.report_to)]
+    def files() -> Iterator[Finding]:
+        for directory, commit in found:
+            yield from find_model_files(name, directory, commit)
+            config = read_config(directory / "config.json")
+            yield from find_positions(name, config, max_length, recipe.adapter.num_virtual_tokens)
+
+    return [after(model, [files, *of_model]), lambda: find_trackers(recipe.run.report_to)]
 
 
 def find_trackers(names: Iterable[str]) -> Iterator[Finding]:
@@ -47,14 +57,15 @@ def find_trackers(names: Iterable[str]) -> Iterator[Finding]:
             )
 
 
-def check_model(model: ModelBlock, run_directory: Path | None = None) -> None:
+def check_model(model: ModelBlock, run_directory: Path | None = None) -> tuple[Path, str | None] | None:
     """The base model exists: a directory with a config.json, or a hub id whose config.json can be had.
 
     What it needs of code of its own may run, or is refused. `run_directory` may know the commit that was prepared.
+    Returns where config.json is, and the hub's commit; None for the tiny model and a factory's.
     """
     name = model.name_or_path
     if name == TINY_MODEL_NAME:
-        return
+        return None
     if model.factory is not None:
         for key, file in (("name_or_path", name), ("factory", model.factory.rpartition(":")[0])):
             if not Path(file).expanduser().is_file():
@@ -62,7 +73,7 @@ def check_model(model: ModelBlock, run_directory: Path | None = None) -> None:
         assert model.tokenizer is not None
         files = ["tokenizer_config.json"]
         check_remote_code(model, *fetch("model.tokenizer", model.tokenizer, files, model.revision, ModelError))
-        return
+        return None
     if Path(name).expanduser().is_file():
         raise ModelError(f"model.name_or_path = {name} is a file, which only a model.factory can be filled from.")
     files = ["config.json", "tokenizer_config.json"]
@@ -71,6 +82,7 @@ def check_model(model: ModelBlock, run_directory: Path | None = None) -> None:
     if not (directory / "config.json").is_file():
         raise ModelError(f"model.name_or_path = {name} has no config.json, so that it is no model of transformers.")
     check_remote_code(model, directory, commit)
+    return directory, commit
 
 
 def commit_of_base(model: ModelBlock, identity: Mapping[str, Any] | None, pinned: Mapping[str, str]) -> str | None:
@@ -104,6 +116,10 @@ def as_prepared(recipe: Recipe) -> Recipe:
 
 def remove_stale_build_locks(say: Callable[[str], None]) -> None:
     """Remove what a process left that was killed while torch compiled an extension; others would wait for it for ever.
+
+    No layout that ships compiles anything, so that none is refused for want of a compiler: of DeepSpeed's ops, its own
+    Adam, NVMe offload and quantised gathers are compiled on first use, and none is used here; the kernels of
+    bitsandbytes for NVIDIA GPUs and CPUs come compiled. Code that a base brings along may compile its own.
 
     Torch keeps such a file open as long as it compiles. One that is young, or another user's, is left: its process may
     be on another machine with the same home, or hidden.

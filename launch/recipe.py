@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from launch.attention import offered
 from launch.slurm_options import SlurmOptions
 
 TINY_MODEL_NAME = "tiny-qwen2"  # not on any hub: built on the spot
@@ -41,7 +42,7 @@ class ModelBlock(Block):
     name_or_path: str = Field(min_length=1)  # with a factory: a .pth file, the state dict of what it builds
     revision: str | None = None
     trust_remote_code: bool = False
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    attn_implementation: Annotated[Literal["sdpa", "eager"], BeforeValidator(offered)] = "sdpa"
     factory: str | None = Field(None, pattern=r"\.py:[A-Za-z_]\w*$")  # FILE.py:FUNCTION, which builds your own module
     tokenizer: str | None = None  # a hub id or a directory, for a factory; other models bring theirs
     load_in_4bit: bool = False  # by bitsandbytes: all linear layers but the head; merged in 16 bits all the same

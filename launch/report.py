@@ -15,6 +15,7 @@ from tqdm import tqdm
 from launch import batching, runs
 from launch import engine as engines
 from launch.adapter import trained_kinds
+from launch.attention import attention_in_use
 from launch.collectives import network_line
 from launch.config import LAUNCH_COMMAND
 from launch.job import Job
@@ -244,6 +245,7 @@ def start_up_banner(
             f"{int(samples.num_trained[first_ids].sum()):,} trained, in {len(job.micro_batches(samples, first_ids))} "
             f"micro-batch(es) a rank of at most {settings.max_tokens_per_micro_batch:,} tokens",
         ),
+        ("attention", attention_in_use(job.model.get_base_model(), recipe.model.attn_implementation)[1]),
         ("packing", packing),
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {', '.join(kinds)}"),
         ("a stop gets", job.deadline.budget_line()),

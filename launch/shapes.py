@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ModelError
+from launch.weight_files import INDEX_ENDING, loaded_file, quantised_as, read_header, read_index
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -36,9 +37,6 @@ _NAMES: dict[str, tuple[str, ...]] = {
 # What says that a layer has several experts, of which a token goes through some.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _HEADS = ("lm_head", "output_layer", "embed_out", "output")  # what heads are called
-
-INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-LONGEST_HEADER_BYTES = 100_000_000  # of the format
 
 
 @dataclass(frozen=True)
@@ -126,11 +124,8 @@ def base_of_config(config: Mapping[str, Any], where: str, shapes: Shapes | None 
 
 
 def _check_dense(config: Mapping[str, Any], family: str, where: str) -> None:
-    if config.get("quantization_config"):
-        raise ModelError(
-            f"{where}: the weights are quantised already, and an adapter can only be merged into the ones they were "
-            "made of; name those, and set model.load_in_4bit to true."
-        )
+    if quantised := quantised_as(config):
+        raise ModelError(quantised_sentence(where, quantised))
     experts = next((f"{key} = {config[key]}" for key in _EXPERTS if (config.get(key) or 0) > 1), None)
     if experts is not None:
         raise ModelError(
@@ -343,36 +338,29 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def quantised_sentence(base: str, quantised: str) -> str:
+    """Why a base that is quantised as `weight_files.quantised_as` says is refused."""
+    return (
+        f"The weights of {base} are quantised already ({quantised}), and an adapter can only be merged into the ones "
+        "that they were made of; name those in model.name_or_path, and set model.load_in_4bit to true."
+    )
+
+
 def shapes_of_files(directory: Path) -> Shapes | None:
     """Names and shapes from the safetensors files of a directory, their headers only; None when there are none.
 
     Raises ModelError for an index or a header that is broken, or names a file outside the directory.
     """
-    index = directory / INDEX_FILE
+    first = loaded_file([path.name for path in directory.iterdir() if path.is_file()])
+    if first is None or ".safetensors" not in first:
+        return None
+    path = directory / first
     try:
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        elif (directory / SINGLE_FILE).is_file():
-            files = [SINGLE_FILE]
-        else:
-            return None
-        if any(Path(name).name != name for name in files):
-            raise ValueError("it names a file outside the directory")
+        files = sorted(set(read_index(path).values())) if first.endswith(INDEX_ENDING) else [first]
         found: Shapes = {}
-        for name in files:
-            if not (directory / name).is_file():
-                raise ValueError(f"its file {name} is missing")
-            found |= _header_shapes(directory / name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{directory}: the safetensors files cannot be read: {error}.") from None
+        for path in (directory / name for name in files):
+            with path.open("rb") as file:
+                found |= {tensor: entry.shape for tensor, entry in read_header(file).items()}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be used: {error}.") from None
     return found
-
-
-def _header_shapes(path: Path) -> Shapes:
-    """https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON header, then the header."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= LONGEST_HEADER_BYTES:
-            raise ValueError(f"{path.name} has no header")
-        header = json.loads(file.read(length))
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}

@@ -1,16 +1,14 @@
-"""safetensors files, read by rows and written tensor by tensor: no model is ever in memory whole.
-
-The format is that of https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON header, the header
-(dtype, shape and place of each tensor), then the tensors one after the other.
-"""
+"""safetensors files, read by rows and written tensor by tensor: no model is ever in memory whole."""
 
 import hashlib
 import io
 import json
 import math
 import os
+import pickle
+import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from launch.errors import MergeError, first_line
+from launch.errors import MergeError, ModelError, first_line
+from launch.findings import Finding
+from launch.weight_files import INDEX_ENDING, WEIGHT_FILES, Entry, loaded_file, read_header, read_index
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -35,8 +35,6 @@ DTYPE_NAMES = {
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BLOCK_BYTES = 2 << 20  # of fp32: what is worked on at a time
 _BLOCKS_AHEAD = 2  # that wait to be written
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -74,20 +72,9 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
     """What is in a file, by name; nothing but the header is read. Raises MergeError when the file is not whole."""
     try:
         file = _HeldFile(path)
-        size_bytes = os.fstat(file.fileno()).st_size
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if header_bytes > size_bytes:
-            raise ValueError("it ends in its header")
-        header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
-        start = 8 + header_bytes
-        found = {name: _stored(file, path, name, entry, start) for name, entry in header.items()}
-        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if end != size_bytes:
-            raise ValueError(f"it has {size_bytes:,} bytes, and its header speaks of {end:,}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {name: _stored(file, path, name, entry) for name, entry in read_header(file).items()}
+    except (OSError, ValueError) as error:
         raise MergeError(f"{path} is no whole safetensors file: {first_line(error)}.") from None
-    return found
 
 
 class _HeldFile(io.FileIO):
@@ -97,16 +84,18 @@ class _HeldFile(io.FileIO):
         self.close()
 
 
-def _stored(file: _HeldFile, path: Path, name: str, entry: Mapping[str, Any], start: int) -> Stored:
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    begin, end = (start + offset for offset in entry["data_offsets"])
+def _stored(file: _HeldFile, path: Path, name: str, entry: Entry) -> Stored:
+    if entry.dtype not in _DTYPES:
+        raise MergeError(
+            f"{path}: {name} is in {entry.dtype}, and an adapter can only be merged into {', '.join(_DTYPES)}; give "
+            "the weights that these were made of with --base."
+        )
+    dtype, shape = _DTYPES[entry.dtype], entry.shape
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    if end - begin != math.prod(shape) * dtype.itemsize:  # what follows would be read as well
-        raise ValueError(f"{name} has {end - begin:,} bytes, which are not those of its shape")
 
     def read(first: int, last: int) -> torch.Tensor:
         block = torch.empty(last - first, *shape[1:], dtype=dtype)
-        left, at = block.view(-1).view(torch.uint8).numpy().data, begin + first * row_bytes
+        left, at = block.view(-1).view(torch.uint8).numpy().data, entry.begin + first * row_bytes
         while left:
             num_bytes = os.preadv(file.fileno(), [left], at)
             if not num_bytes:
@@ -135,27 +124,52 @@ def read_pickle(path: Path) -> dict[str, Stored]:
     return {name: stored(name, tensor) for name, tensor in state.items()}
 
 
+def find_code_in_pickles(directory: Path) -> Iterator[Finding]:
+    """What weights-only loading would refuse after minutes, in the pickles that a model is loaded from.
+
+    Only the list of what each holds is read, and nothing in it runs. Of the older format, which has no such list, that
+    is left to the loading.
+    """
+    first = loaded_file([path.name for path in directory.iterdir() if path.is_file()])
+    if first is None or ".safetensors" in first:
+        return
+    try:
+        files = sorted(set(read_index(directory / first).values())) if first.endswith(INDEX_ENDING) else [first]
+        for name in files:
+            if not zipfile.is_zipfile(directory / name):
+                continue
+            if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(directory / name):
+                yield Finding(
+                    f"{directory / name} holds more than tensors ({unsafe[0]}), and code is not unpickled; take a base "
+                    "in safetensors, or write this one with torch.save(model.state_dict(), PATH).",
+                    error=ModelError,
+                )
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError):
+        return  # a file that is not whole: model_files says so
+
+
 def read_model(directory: Path) -> dict[str, Stored]:
     """Every tensor of a model's directory, in transformers' order: one file, the shards of an index; safetensors first.
 
     Raises MergeError when there is none, when one is missing, or when an index names a file of another directory.
     """
-    for index_name, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
-        read = read_safetensors if single.endswith(".safetensors") else read_pickle
-        if (directory / single).is_file():
-            return read(directory / single)
-        if (directory / index_name).is_file():
-            weight_map = json.loads((directory / index_name).read_text(encoding="utf-8"))["weight_map"]
-            found: dict[str, Stored] = {}
-            for name in sorted(set(weight_map.values())):
-                if Path(name).name != name:
-                    raise MergeError(f"{directory / index_name} names {name!r}, which is not beside it.")
-                found |= read(directory / name)
-            missing = sorted(weight_map.keys() - found.keys())
-            if missing:
-                raise MergeError(f"{directory}: {missing[0]} is in {index_name}, and in no shard.")
-            return found
-    raise MergeError(f"{directory} has neither {' nor '.join(SINGLE_FILES)}, in one file or in shards.")
+    first = loaded_file([path.name for path in directory.iterdir() if path.is_file()])
+    if first is None:
+        raise MergeError(f"{directory} has none of {', '.join(WEIGHT_FILES)}, so that there is nothing to merge into.")
+    read = read_safetensors if ".safetensors" in first else read_pickle
+    if not first.endswith(INDEX_ENDING):
+        return read(directory / first)
+    try:
+        weight_map = read_index(directory / first)
+    except (OSError, ValueError) as error:
+        raise MergeError(f"{directory / first} is no index: {first_line(error)}.") from None
+    found: dict[str, Stored] = {}
+    for name in sorted(set(weight_map.values())):
+        found |= read(directory / name)
+    missing = sorted(weight_map.keys() - found.keys())
+    if missing:
+        raise MergeError(f"{directory}: {missing[0]} is in {first}, and in no shard.")
+    return found
 
 
 # ---- writing ----

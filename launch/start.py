@@ -1,5 +1,6 @@
 """What a start is made of: on rank zero the base on disk, the samples and the checkpoint to resume; then the model."""
 
+import functools
 import platform
 import sys
 from collections.abc import Mapping
@@ -16,13 +17,14 @@ from launch.config import dump_recipe
 from launch.data import prepare
 from launch.data_report import outcomes_line
 from launch.errors import DataError
+from launch.findings import collect, settle
 from launch.fingerprint import fingerprints, versions
 from launch.merge_output import check_replaceable
 from launch.merge_plan import plan_merge
 from launch.model import (
     DTYPES,
     added_token_ids,
-    check_adapter_fits,
+    checks_of_base,
     enable_gradient_checkpointing,
     load_base,
     resolve_base,
@@ -48,12 +50,12 @@ def prepare_run(recipe: Recipe, precision: str, network: Mapping[str, float], st
     identity = checkpoint.state["identity"] if checkpoint else None
     recipe = with_revision(recipe, commit_of_base(recipe.model, identity, runs.read_pinned_base(directory)))
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
-    check_adapter_fits(base, recipe)
+    tools = functools.cache(lambda: tokenizer_and_template(recipe, base))
+    # Of remote code, all is then in transformers' cache when the other ranks look there.
+    settle(collect(checks_of_base(recipe, base, tools)), print)
     init_from_sha256 = fingerprint_starting_adapter(recipe.adapter)
-    if recipe.model.trust_remote_code:  # its code is then whole in transformers' cache when the other ranks look there
-        tokenizer_and_template(recipe, base)
     stopwatch.end("base")
-    prepared = prepare(recipe, directory, lambda: tokenizer_and_template(recipe, base))
+    prepared = prepare(recipe, directory, tools)
     stopwatch.end("rows")
     if recipe.train.load_best_model_at_end and not len(prepared.split["evaluation"]):
         raise DataError("train.load_best_model_at_end has no rows to evaluate; set data.test_size or data.evaluation.")

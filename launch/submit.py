@@ -3,18 +3,17 @@
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch import preflight, runs, slurm, slurm_options
+from launch import runs, slurm, slurm_options
 from launch.check import checks_of_run
 from launch.config import DEFAULT_RECIPE, dump_recipe, is_override
-from launch.data import check_beginnings
+from launch.data import Tools, check_beginnings
 from launch.errors import ConfigError, RunInUseError
-from launch.findings import Finding, collect, settle
+from launch.findings import collect, settle
 from launch.hardware import find_hardware
-from launch.model import tokenizer_and_template
 from launch.modes import keep_private
 from launch.plan import choices, find_base, make_case, recommend
 from launch.plan_report import changes
@@ -153,9 +152,7 @@ def _check_queue(directory: Path) -> None:
 def _check_run(recipe: Recipe, config_file: Path) -> None:
     """The layout, the base's config, the adapter's targets, the template, and the first rows of every source."""
 
-    def rows() -> list[Finding]:
-        known = preflight.as_prepared(recipe)
-        check_beginnings(known, tokenizer_and_template(known))
-        return []
+    def rows(known: Recipe, tools: Callable[[], Tools]) -> None:
+        check_beginnings(known, tools())
 
     settle(collect(checks_of_run(recipe, config_file, rows)), print)

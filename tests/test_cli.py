@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, World, launch, run_ranks
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import train
@@ -109,13 +110,14 @@ BAD = [
 def test_bad_input_is_refused_before_a_weight_is_read(
     world: World, capfd: pytest.CaptureFixture[str], override: str, sentence: str
 ) -> None:
-    """The base has no weights at all, so reading one would be another error."""
+    """The base has none of the weights that it needs, so reading them would be another error."""
     hollow = world.directory / "hollow"
     if not hollow.exists():
         hollow.mkdir()
         for path in world.base.iterdir():
             if path.suffix != ".safetensors":
                 (hollow / path.name).write_bytes(path.read_bytes())
+        save_file({"nothing": torch.zeros(1)}, hollow / "model.safetensors")
     (world.directory / "broken.jsonl").write_text('{"input": "a", "output": "b"}\n{"input": "a', encoding="utf-8")
     (world.directory / "empty.jsonl").write_text("", encoding="utf-8")
     name = f"bad-{BAD.index((override, sentence))}"

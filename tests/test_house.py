@@ -16,14 +16,15 @@ HOUSE = Path(__file__).resolve().parent.parent
 # A module imports only from the rows above its own.
 LAYERS = (
     "launch launch.errors launch.modes launch.table launch.slurm_options launch.batching metrics metrics.tokens",
+    "launch.attention launch.weight_files",
     "launch.recipe launch.findings",
     "launch.same_run",
     "launch.config launch.lock launch.preemption launch.watchdog launch.deadline launch.samples",
     "launch.runs launch.hub launch.remote_code launch.free_memory launch.shapes launch.layout_files",
     "launch.trackers launch.status launch.trained_shapes launch.hardware launch.memory launch.activations",
-    "launch.status_lines",
+    "launch.status_lines launch.model_files",
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates launch.selftest",
-    "launch.formats launch.tokens launch.batch_step launch.speed",
+    "launch.formats launch.tokens launch.token_findings launch.batch_step launch.speed",
     "launch.ledger launch.plan",
     "launch.data_report launch.plan_report launch.room",
     "launch.forecast",
@@ -43,7 +44,7 @@ LAYERS = (
     "launch.data_commands launch.generate launch.chat launch.submit",
     "train launch.__main__",
 )
-NUM_LIGHT_LAYERS = 13  # these start fast on a login node
+NUM_LIGHT_LAYERS = 14  # these start fast on a login node
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row.split()}
 WITHIN_A_LAYER = {
     ("launch.merge", "launch.checkpoint"),

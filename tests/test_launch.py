@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, World
+from conftest import ROOT, World, launch
 
 from launch import runs
 from launch.checkpoint import path_of_step
@@ -80,3 +80,14 @@ def test_a_refusal_is_one_sentence_from_one_rank(world: World) -> None:
     assert output.count("Traceback") == 1, "only the launcher's own"
     status = runs.read_status(world.run_directory("refused"))
     assert status["state"] == "refused" and "no/such/rows.jsonl" in status["reason"]
+
+
+@pytest.mark.parametrize("layout", sorted(path.stem for path in (ROOT / "configs" / "deepspeed").glob("*.json")))
+def test_no_layout_needs_a_compiler(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """On ranks that find no program at all."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    deepspeed = ROOT / "configs" / "deepspeed" / f"{layout}.json"
+    launch(world.recipe(f"uncompiled-{layout}", train={"max_steps": 2}), 1, deepspeed=deepspeed)
+    assert runs.read_status(world.run_directory(f"uncompiled-{layout}"))["state"] == "finished"
+    assert not (tmp_path / "extensions").exists()

@@ -88,6 +88,7 @@ def test_a_prepared_run_starts_without_a_network(world: World, cache: Path, capf
     capfd.readouterr()
     assert run_ranks(1, without_network, recipe) == [0]
     said = capfd.readouterr().out
+    assert "\n  attention     sdpa, as the recipe says (Qwen2Attention)\n" in said
     assert f"run           {directory}, from step 0" in said and "rows          50: 40 trained, 10 evaluated" in said
     assert store.stat().st_mtime_ns == before and base_of(world, "hub") == f"commit {COMMIT}"
     assert runs.read_status(directory)["restarts_in_vain"] == 0

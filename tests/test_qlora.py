@@ -464,7 +464,9 @@ def test_added_tokens_without_trained_rows_are_refused(phi: World, capfd: pytest
 @pytest.mark.parametrize("settings", [NF4, WHOLE])
 def test_a_base_that_is_published_in_4_bits_is_refused(phi: World, settings: dict[str, Any], tmp_path: Path) -> None:
     their_base(load_recipe(phi_recipe(phi, "published")), quantised=True).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"in 4 bits already.*; name those in model\.name_or_path, and set"):
+    with pytest.raises(
+        ModelError, match=r"quantised already \(bitsandbytes, 4 bits\).*; name those in model\.name_or_path, and set"
+    ):
         load_base(str(tmp_path), ModelBlock(name_or_path=str(tmp_path), **settings), "fp32")
 
 
@@ -484,12 +486,16 @@ WITHOUT_BITSANDBYTES = """if True:
 
 @pytest.mark.slow
 def test_without_bitsandbytes_4_bits_are_refused_and_the_rest_works(phi: World) -> None:
+    """And it hides nothing else that is wrong."""
     command = [sys.executable, "-c", WITHOUT_BITSANDBYTES, "check", str(phi_recipe(phi, "absent"))]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    misspelt = "adapter.target_modules=[q_porj]"
+    refused = subprocess.run([*command, misspelt], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert refused.stderr == (
-        "Refused: model.load_in_4bit needs bitsandbytes, which does not work here (No module named 'bitsandbytes'); "
-        "install the version that requirements.txt names, or set model.load_in_4bit to false.\n"
+    first, targets, absent = refused.stderr.splitlines()
+    assert first == "Refused: 2 things stand in the way." and "no module of the model is named 'q_porj'" in targets
+    assert absent == (
+        "  2. model.load_in_4bit needs bitsandbytes, which does not work here (No module named 'bitsandbytes'); "
+        "install the version that requirements.txt names, or set model.load_in_4bit to false."
     )
     whole = ["model.load_in_4bit=false", "model.bnb_4bit_use_double_quant=false"]
     assert subprocess.run([*command, *whole], capture_output=True, check=False).returncode == 0

@@ -22,6 +22,7 @@ import train
 from launch import batching
 from launch import engine as engines
 from launch.adapter import add_adapter
+from launch.attention import attention_in_use
 from launch.config import load_recipe
 from launch.errors import ModelError
 from launch.fingerprint import fingerprint_base
@@ -294,21 +295,27 @@ def test_targets_are_checked_before_the_weights_are_there(world: World, tmp_path
     """Unless the code cannot be made without them, which is said."""
     base = tmp_path / "hollow"
     shutil.copytree(world.base, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    hollow = "hollow has no weights that transformers loads: model.safetensors, "
     recipe = world.recipe("hollow", model=TRUST | {"name_or_path": str(base)}, data={"template": "bluelm"})
     misspelt = "adapter.target_modules=[q_porj]"
     code, _, err = python_m_launch("check", recipe, misspelt)
-    assert code == 2 and "no module of the model is named 'q_porj'; did you mean q_proj? It has down_proj, emb" in err
+    assert code == 2 and hollow in err
+    assert "no module of the model is named 'q_porj'; did you mean q_proj? It has down_proj, emb" in err
     path = base / "modeling_tiny.py"
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("self.post_init()", "self.post_init(); torch.ones(1).item()"), encoding="utf-8")
     code, _, err = python_m_launch("check", recipe, misspelt)
-    assert code == 0 and "\nTinyForCausalLM cannot be made without weights, so its targets are checked with th" in err
+    assert code == 2 and hollow in err and "q_porj" not in err
+    assert "\nTinyForCausalLM cannot be made without weights, so its targets are checked with th" in err
 
 
 def test_attention_that_the_code_has_not(world: World) -> None:
     block = ModelBlock(name_or_path=str(world.base), trust_remote_code=True)
     with pytest.raises(ModelError, match=r"has no sdpa attention; set model\.attn_implementation to eager\.$"):
         load_base(str(world.base), block, "fp32")
+    eager = block.model_copy(update={"attn_implementation": "eager"})
+    in_use = "of the model's own code (TinyForCausalLM), which does not look at model.attn_implementation"
+    assert attention_in_use(load_base(str(world.base), eager, "fp32"), "eager") == (True, in_use)
 
 
 # ---- a whole run ----
