@@ -12,8 +12,8 @@ from launch.data import Tools, prepare
 from launch.data_report import outcomes_line
 from launch.findings import Check, Finding, collect, settle
 from launch.machine_findings import checks_of_machine
-from launch.model import checks_of_base, resolve_base, tokenizer_and_template
-from launch.recipe import TINY_MODEL_NAME, Recipe
+from launch.model import checks_of_base, tokenizer_and_template
+from launch.recipe import Recipe
 from launch.room import find_room
 from launch.starting_adapter import fingerprint_starting_adapter
 
@@ -47,14 +47,13 @@ def checks_of_run(
 
     def of_base() -> list[Finding]:
         known = preflight.as_prepared(recipe)
-        base = TINY_MODEL_NAME if known.model.name_or_path == TINY_MODEL_NAME else resolve_base(known)
         tools = functools.cache(lambda: tokenizer_and_template(known))
 
         def of_rows() -> list[Finding]:
             rows(known, tools)
             return []
 
-        return collect(checks_of_base(known, base, tools, rows=[of_rows]))
+        return collect(checks_of_base(known, tools, rows=[of_rows]))
 
     def starting_adapter() -> list[Finding]:
         fingerprint_starting_adapter(recipe.adapter)

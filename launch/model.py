@@ -114,12 +114,14 @@ def choose_template(name: str, tokenizer: PreTrainedTokenizerBase) -> ChatTempla
     return ChatTemplate(name, source, **tokens)
 
 
-def checks_of_base(recipe: Recipe, base: str, tools: Callable[[], Tools], rows: Sequence[Check] = ()) -> list[Check]:
+def checks_of_base(recipe: Recipe, tools: Callable[[], Tools], rows: Sequence[Check] = ()) -> list[Check]:
     """Those that need libraries but no weight, of a base that is there; `tools` gives tokenizer and template.
 
-    `base` is as for `check_adapter_fits`. `rows` look at the rows, which need the tokenizer.
+    The tiny one need not have been built. `rows` look at the rows, which need the tokenizer.
     """
-    is_ours = recipe.model.factory is not None or base == TINY_MODEL_NAME  # without files of transformers
+    is_tiny = recipe.model.name_or_path == TINY_MODEL_NAME
+    base = TINY_MODEL_NAME if is_tiny else resolve_base(recipe)
+    is_ours = recipe.model.factory is not None or is_tiny  # without files of transformers
 
     def config() -> list[Finding]:
         if not is_ours:

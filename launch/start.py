@@ -52,7 +52,7 @@ def prepare_run(recipe: Recipe, precision: str, network: Mapping[str, float], st
     base = resolve_base(recipe, show_progress=sys.stderr.isatty())
     tools = functools.cache(lambda: tokenizer_and_template(recipe, base))
     # Of remote code, all is then in transformers' cache when the other ranks look there.
-    settle(collect(checks_of_base(recipe, base, tools)), print)
+    settle(collect(checks_of_base(recipe, tools)), print)
     init_from_sha256 = fingerprint_starting_adapter(recipe.adapter)
     stopwatch.end("base")
     prepared = prepare(recipe, directory, tools)

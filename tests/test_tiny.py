@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from launch.config import DEFAULT_RECIPE, load_recipe
+from launch.findings import collect
+from launch.model import checks_of_base, tokenizer_and_template
+from launch.preflight import checks
 from launch.tiny import KINDS, ORDERS, build_tiny_tokenizer, word_list
 
 ROWS = ROOT / "configs/data/tiny_chat.jsonl"
@@ -28,6 +32,12 @@ def test_the_rows_are_many_and_of_all_kinds() -> None:
     assert sum(len(row) > 3 for row in rows) > len(rows) / 6
     chinese = [row for row in rows if any("\u4e00" <= letter <= "\u9fff" for letter in row[-2]["content"])]
     assert len(rows) / 4 < len(chinese) < len(rows)
+
+
+def test_nothing_is_found_in_the_demo_and_no_hub_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    recipe = load_recipe(DEFAULT_RECIPE)
+    assert collect([*checks(recipe), *checks_of_base(recipe, lambda: tokenizer_and_template(recipe))]) == []
 
 
 @pytest.mark.parametrize("text", ["两只红猫", "NINE black cows!", "\n\t 🙂 ﷽ é", "<|im_start|>user\nhi<|im_end|>"])
