@@ -292,6 +292,7 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, help="for the model: as large as that, twice; default: TMPDIR")
     options = parser.parse_args()
     training.refuse_missing_rows(options.source)
+    options.sides = [name for name in SIDES if name == "cairn" or name in options.sides]  # the others are held to it
     options.sides = [name for name in options.sides if options.trl_python or not SIDES[name].is_trl]
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
