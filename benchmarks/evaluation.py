@@ -186,9 +186,10 @@ def run(side: str, options: Options, work: Path) -> dict[str, float]:
     """One evaluation, and the peak of memory above the model's."""
     timed = SIDES[side](options, work)
     before = forget_peak()
-    begin = time.monotonic()
+    begin, begin_cpu = time.monotonic(), time.process_time()
     result = timed()
-    return result | {"seconds": time.monotonic() - begin, "mib": peak_mib() - before}
+    seconds, cpu_seconds = time.monotonic() - begin, time.process_time() - begin_cpu
+    return result | {"seconds": seconds, "cpu_seconds": cpu_seconds, "mib": peak_mib() - before}
 
 
 def first_difference(found: Result, expected: Result) -> str | None:
@@ -222,15 +223,16 @@ def measure(options: Options, work: Path) -> list[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """Medians by case, the spread, the peaks, and cairn beside what it must not exceed; 80 columns."""
-    lines = [f"{'samples':>7}  {'':17}{'seconds':>9}{'min - max':>16}{'MiB above the model':>21}"]
+    lines = [f"{'samples':>7}  {'':17}{'seconds':>9}{'min - max':>16}{'CPU s':>8}{'MiB above the model':>21}"]
     medians: dict[tuple[int, str], float] = {}
     mib: dict[tuple[int, str], float] = {}
     for case in dict.fromkeys((one["samples"], one["side"]) for one in found):
-        seconds = [one["seconds"] for one in found if (one["samples"], one["side"]) == case]
-        medians[case] = statistics.median(seconds)
-        mib[case] = max(one["mib"] for one in found if (one["samples"], one["side"]) == case)
+        runs = [one for one in found if (one["samples"], one["side"]) == case]
+        seconds = [one["seconds"] for one in runs]
+        medians[case], cpu = statistics.median(seconds), statistics.median(one["cpu_seconds"] for one in runs)
+        mib[case] = max(one["mib"] for one in runs)
         spread = f"{min(seconds):.2f} - {max(seconds):.2f}"
-        lines.append(f"{case[0]:>7,}  {case[1]:17}{medians[case]:>9.2f}{spread:>16}{mib[case]:>21,.0f}")
+        lines.append(f"{case[0]:>7,}  {case[1]:17}{medians[case]:>9.2f}{spread:>16}{cpu:>8.2f}{mib[case]:>21,.0f}")
     most = max(samples for samples, _ in medians)
     ratio = medians[most, "cairn"] / medians[most, "loss only"]
     lines += ["", f"cairn / loss only, {most:,} samples: {ratio:.2f} (wanted: at most {MAX_RATIO})"]

@@ -286,9 +286,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--source", type=Path, default=ROOT.parent / "shared/data", help=f"holds {' and '.join(FILES)}")
     parser.add_argument("--trl-python", help="python of an environment with TRL and PEFT (benchmarks/README.md)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5, help="that are measured")
+    parser.add_argument("--steps", type=int, default=4, help="that are measured")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
-    parser.add_argument("--global-batch-size", type=int, default=16)
+    parser.add_argument("--global-batch-size", type=int, default=8, help="rows of a step")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--json", type=Path, help="write every run here")
     return parser
