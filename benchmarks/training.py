@@ -285,7 +285,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=ROOT.parent / "shared/data", help=f"holds {' and '.join(FILES)}")
     parser.add_argument("--trl-python", help="python of an environment with TRL and PEFT (benchmarks/README.md)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2, help="launches of each side, in turn")
     parser.add_argument("--steps", type=int, default=4, help="that are measured")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
     parser.add_argument("--global-batch-size", type=int, default=8, help="rows of a step")

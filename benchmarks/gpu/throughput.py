@@ -276,7 +276,7 @@ def main() -> int:
     """Measure, compare, print."""
     parser = training.arguments()
     parser.description = __doc__
-    parser.set_defaults(steps=8, warmup=2, global_batch_size=16)
+    parser.set_defaults(steps=8, warmup=2, global_batch_size=16, repeats=3)
     parser.add_argument("--shape", choices=["toy", *SHAPES], default="llama-3-8b")
     parser.add_argument("--precision", choices=list(TOLERANCES), default="bf16")
     parser.add_argument("--rows", choices=["mix", "full"], default="full", help="real ones, or of --max-length tokens")
