@@ -6,7 +6,6 @@ those of PEFT's merge in fp32, rounded once. See benchmarks/README.md.
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import shutil
@@ -25,6 +24,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from prepare_rows import machine  # noqa: E402
+from sides import forget_peak, in_new_process, peak_mib  # noqa: E402
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 from launch.merge_from_disk import find_source, merge_from_disk  # noqa: E402
@@ -112,34 +112,15 @@ SIDES: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def measured(side: str, work: Path, out: Path) -> dict[str, float]:
-    """Seconds, those of the CPU, and peak resident memory above that of the imports, in a new process."""
-    context = multiprocessing.get_context("spawn")  # a fork would share, and break, this one's threads
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=run, args=(sender, side, work, out))
-    child.start()
-    sender.close()
-    found: dict[str, float] = receiver.recv()
-    child.join()
-    return found
-
-
-def run(sender: Any, side: str, work: Path, out: Path) -> None:
-    """One side; what it took."""
+def run(side: str, work: Path, out: Path) -> dict[str, float]:
+    """One side: seconds, those of the CPU, and peak resident memory above that of the imports."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew at what is resident now
-    before = peak_mib()
+    before = forget_peak()
     begin, begin_cpu = time.monotonic(), time.process_time()
     SIDES[side](work, out)
     seconds, cpu_seconds = time.monotonic() - begin, time.process_time() - begin_cpu
-    sender.send({"seconds": seconds, "cpu_seconds": cpu_seconds, "mib": peak_mib() - before})
-
-
-def peak_mib() -> float:
-    """Peak resident memory of this process; what getrusage says goes back to before its exec."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "mib": peak_mib() - before}
 
 
 def forget_pages(directory: Path) -> None:
@@ -169,7 +150,7 @@ def measure(options: argparse.Namespace, gigabytes: float, work: Path) -> list[d
     num_shards = len(list((work / "base").glob("*.safetensors")))
     print(f"{format_bytes(size_bytes)} in {num_shards} shards", flush=True)
     for side in ("cairn", "peft, fp32"):
-        measured(side, work, work / side)
+        in_new_process(run, side, work, work / side)
     difference = first_difference(work / "peft, fp32", work / "cairn")
     if difference:
         sys.exit(f"{difference} of cairn's merge is not that of PEFT in fp32.")
@@ -182,7 +163,7 @@ def measure(options: argparse.Namespace, gigabytes: float, work: Path) -> list[d
             for side in SIDES:
                 if cache == "cold":
                     forget_pages(work / "base")
-                runs[side].append(measured(side, work, work / "out"))
+                runs[side].append(in_new_process(run, side, work, work / "out"))
                 shutil.rmtree(work / "out")
         for side, repeats in runs.items():
             seconds = [one["seconds"] for one in repeats]

@@ -5,12 +5,13 @@ result as arrays for the comparison. TRL's side runs in an environment that has 
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle, islice
@@ -38,22 +39,49 @@ Timed = Callable[[], Export]
 
 def make(work: Path, source: Path, num_rows: int) -> None:
     """`rows.jsonl`, no two rows equal, and `base`, a model directory with a tokenizer trained on the source's texts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import Qwen2Config, Qwen2Tokenizer
+    from transformers import Qwen2Config
 
-    rows = [row for name in FILES for row in json.loads((source / name).read_text(encoding="utf-8"))]
-    pairs = [(f"{row['instruction']}\n{row['input']}".strip(), row["output"]) for row in rows]
+    pairs = questions_and_answers(source)
     with (work / "rows.jsonl").open("w", encoding="utf-8") as file:
         for number, (question, answer) in enumerate(islice(cycle(pairs), num_rows), start=1):
-            turns = (("user", f"{number}. {question}"), ("assistant", answer))
-            row = {"messages": [{"role": role, "content": content} for role, content in turns]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_row(f"{number}. {question}", answer))
+    tokenizer = build_tokenizer(pairs, MAX_VOCAB_SIZE)
+    tokenizer.save_pretrained(work / "base")
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    config.save_pretrained(work / "base")
+
+
+def questions_and_answers(source: Path) -> list[tuple[str, str]]:
+    """Of the two files, in their order."""
+    rows = [row for name in FILES for row in json.loads((source / name).read_text(encoding="utf-8"))]
+    return [(f"{row['instruction']}\n{row['input']}".strip(), row["output"]) for row in rows]
+
+
+def json_row(question: str, answer: str) -> str:
+    """A line of JSONL."""
+    turns = (("user", question), ("assistant", answer))
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def build_tokenizer(pairs: Sequence[tuple[str, str]], max_vocab_size: int) -> Any:
+    """A byte-level BPE trained on these texts, with Qwen2's class, special tokens and chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
 
     blank = Qwen2Tokenizer({}, []).backend_tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
     trainer = trainers.BpeTrainer(
-        vocab_size=MAX_VOCAB_SIZE,
+        vocab_size=max_vocab_size,
         min_frequency=2,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -69,17 +97,7 @@ def make(work: Path, source: Path, num_rows: int) -> None:
         extra_special_tokens=["<|im_start|>"],
     )
     tokenizer.chat_template = (ROOT / f"templates/chat/{TEMPLATE}.jinja").read_text(encoding="utf-8")
-    tokenizer.save_pretrained(work / "base")
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config.save_pretrained(work / "base")
+    return tokenizer
 
 
 # ---- the sides: imports and the tokenizer first, then what is timed, then what it left ----
@@ -214,6 +232,34 @@ def cpu_seconds() -> float:
     """Of this process and of its children that ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def in_new_process(function: Callable[..., dict[str, float]], *arguments: Any) -> dict[str, float]:
+    """What it returns; the process is a new one, not a fork, which would share, and break, this one's threads."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send, args=(sender, function, *arguments))
+    child.start()
+    sender.close()
+    found: dict[str, float] = receiver.recv()
+    child.join()
+    return found
+
+
+def _send(sender: Any, function: Callable[..., dict[str, float]], *arguments: Any) -> None:
+    sender.send(function(*arguments))
+
+
+def forget_peak() -> float:
+    """The peak begins anew at what is resident now, in MiB."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return peak_mib()
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process; what getrusage says goes back to before its exec."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def versions() -> dict[str, str]:
