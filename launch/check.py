@@ -40,7 +40,6 @@ def checks_of_run(
 ) -> list[Check]:
     """Of the recipe, of what it names and of its layout.
 
-
     `rows` looks at those and raises a LaunchError; it is given the recipe with its base's commit, and what loads the
     base's tokenizer, once.
     """

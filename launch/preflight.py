@@ -33,7 +33,7 @@ def checks(recipe: Recipe, of_model: Sequence[Check] = ()) -> list[Check]:
     name, max_length = recipe.model.name_or_path, recipe.data.max_length
 
     def model() -> list[Finding]:
-        found.extend(filter(None, [check_model(recipe.model, recipe.run_directory)]))
+        found.extend(filter(None, [check_model(as_prepared(recipe).model)]))
         return []
 
     def files() -> Iterator[Finding]:
@@ -57,11 +57,11 @@ def find_trackers(names: Iterable[str]) -> Iterator[Finding]:
             )
 
 
-def check_model(model: ModelBlock, run_directory: Path | None = None) -> tuple[Path, str | None] | None:
+def check_model(model: ModelBlock) -> tuple[Path, str | None] | None:
     """The base model exists: a directory with a config.json, or a hub id whose config.json can be had.
 
-    What it needs of code of its own may run, or is refused. `run_directory` may know the commit that was prepared.
-    Returns where config.json is, and the hub's commit; None for the tiny model and a factory's.
+    What it needs of code of its own may run, or is refused. Returns where config.json is, and the hub's commit; None
+    for the tiny model and a factory's.
     """
     name = model.name_or_path
     if name == TINY_MODEL_NAME:
@@ -77,8 +77,7 @@ def check_model(model: ModelBlock, run_directory: Path | None = None) -> tuple[P
     if Path(name).expanduser().is_file():
         raise ModelError(f"model.name_or_path = {name} is a file, which only a model.factory can be filled from.")
     files = ["config.json", "tokenizer_config.json"]
-    pinned = runs.read_pinned_base(run_directory).get(name) if run_directory else None
-    directory, commit = fetch("model.name_or_path", name, files, model.revision or pinned, ModelError)
+    directory, commit = fetch("model.name_or_path", name, files, model.revision, ModelError)
     if not (directory / "config.json").is_file():
         raise ModelError(f"model.name_or_path = {name} has no config.json, so that it is no model of transformers.")
     check_remote_code(model, directory, commit)
@@ -91,16 +90,34 @@ def commit_of_base(model: ModelBlock, identity: Mapping[str, Any] | None, pinned
     Unless the recipe names one, that of the checkpoint with this identity, or that which was prepared for the run. None
     for a base that is not on the hub.
     """
-    is_here = model.name_or_path == TINY_MODEL_NAME or Path(model.name_or_path).expanduser().exists()
-    if model.revision is not None or model.factory is not None or is_here:
+    if _asks_no_hub(model):
         return model.revision
+    known = _known_commit(model, identity, pinned)
+    return known or fetch("model.name_or_path", model.name_or_path, ["config.json"], None, ModelError)[1]
+
+
+def _asks_no_hub(model: ModelBlock) -> bool:
+    """Which commit it is, for the recipe names it, or the base is not on the hub."""
+    is_here = model.name_or_path == TINY_MODEL_NAME or Path(model.name_or_path).expanduser().exists()
+    return model.revision is not None or model.factory is not None or is_here
+
+
+def saved_identity(directory: Path) -> dict[str, Any] | None:
+    """Of the newest checkpoint, by its name: what a run began with is what it goes on with."""
+    with suppress(OSError):  # who may not read it is told when the place is checked
+        for _, path in runs.published_checkpoints(directory)[-1:]:
+            identity = runs.read_json(path / "state.json").get("identity")
+            return identity if isinstance(identity, dict) else None
+    return None
+
+
+def _known_commit(model: ModelBlock, identity: Mapping[str, Any] | None, pinned: Mapping[str, str]) -> str | None:
+    """That of a hub's base which this run has begun with, or is prepared for."""
     if identity is not None and identity["recipe"]["model"]["name_or_path"] == model.name_or_path:
         kind, _, commit = identity["base"].partition(" ")
         if kind == "commit":
             return str(commit)
-    if model.name_or_path in pinned:
-        return pinned[model.name_or_path]
-    return fetch("model.name_or_path", model.name_or_path, ["config.json"], None, ModelError)[1]
+    return pinned.get(model.name_or_path)
 
 
 def with_revision(recipe: Recipe, revision: str | None) -> Recipe:
@@ -109,9 +126,13 @@ def with_revision(recipe: Recipe, revision: str | None) -> Recipe:
 
 
 def as_prepared(recipe: Recipe) -> Recipe:
-    """The recipe with the commit of the base that its run is prepared for, unless it names one itself."""
-    prepared = runs.read_pinned_base(recipe.run_directory).get(recipe.model.name_or_path)
-    return with_revision(recipe, recipe.model.revision or prepared)
+    """The recipe with the commit of the base that its run has begun with, or is prepared for, unless it names one."""
+    if _asks_no_hub(recipe.model):
+        return recipe
+    directory = recipe.run_directory
+    return with_revision(
+        recipe, _known_commit(recipe.model, saved_identity(directory), runs.read_pinned_base(directory))
+    )
 
 
 def remove_stale_build_locks(say: Callable[[str], None]) -> None:

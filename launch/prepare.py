@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch import preflight, runs
 from launch.config import LAUNCH_COMMAND
@@ -32,7 +32,8 @@ def prepare_ahead(recipe: Recipe, arguments: Sequence[str]) -> str:
     preflight.check(recipe)
     directory = recipe.run_directory
     with runs.open_run(directory):
-        commit = preflight.commit_of_base(recipe.model, _saved_identity(directory), runs.read_pinned_base(directory))
+        identity = preflight.saved_identity(directory)
+        commit = preflight.commit_of_base(recipe.model, identity, runs.read_pinned_base(directory))
         pinned = preflight.with_revision(recipe, commit)
         rows = [("run", str(directory)), ("base", _fetch_base(pinned.model, commit))]
         is_on_hub = commit is not None and pinned.model.factory is None
@@ -54,16 +55,6 @@ def prepare_ahead(recipe: Recipe, arguments: Sequence[str]) -> str:
     when = "With HF_HUB_OFFLINE=1 the job needs no network" if is_on_hub else "The job needs no network"
     start = "python -m launch submit" if shutil.which("sbatch") else LAUNCH_COMMAND
     return f"\n{format_table(rows)}\n\n{when}. Start it:\n  {offline}{start} {shlex.join(arguments)}".rstrip()
-
-
-def _saved_identity(directory: Path) -> dict[str, Any] | None:
-    """Of the newest checkpoint, by its name: what a run began with is what it goes on with."""
-    published = runs.published_checkpoints(directory)
-    if not published:
-        return None
-    state = runs.read_json(published[-1][1] / "state.json")
-    identity = state.get("identity")
-    return identity if isinstance(identity, dict) else None
 
 
 def _fetch_base(model: ModelBlock, commit: str | None) -> str:

@@ -8,8 +8,9 @@ from launch.findings import Finding
 from launch.hub import cache_directory, missing_bytes
 from launch.memory import checkpoint_bytes, numel
 from launch.plan import find_base
+from launch.preflight import as_prepared
 from launch.recipe import TINY_MODEL_NAME, Recipe
-from launch.runs import check_writable, free_bytes, read_pinned_base
+from launch.runs import check_writable, free_bytes
 from launch.table import format_bytes
 from launch.trained_shapes import trained_shapes
 
@@ -22,11 +23,11 @@ def find_room(recipe: Recipe, *, is_start: bool = False) -> Iterator[Finding]:
     check_writable(recipe.run_directory)
     name, model = recipe.model.name_or_path, recipe.model
     is_here = model.factory is not None or name == TINY_MODEL_NAME or Path(name).expanduser().exists()
-    pinned = read_pinned_base(recipe.run_directory)
-    if not is_here and name not in pinned:  # what is prepared is fetched
+    known = as_prepared(recipe)
+    if not is_here and known == recipe:  # what is prepared, or was trained on, is fetched
         check_cache(name, model.revision)
     try:
-        base = find_base(recipe, None)
+        base = find_base(known, None)
         num_trained = numel(trained_shapes(recipe, base).values())
     except LaunchError as error:
         if not is_start and name != TINY_MODEL_NAME:

@@ -18,10 +18,13 @@ from conftest import ROOT, World, run_ranks
 from typer.testing import CliRunner
 
 import train
-from launch import runs
+from launch import preflight, runs
 from launch.__main__ import app
+from launch.config import load_recipe
+from launch.findings import collect
 from launch.preflight import commit_of_base
 from launch.recipe import ModelBlock
+from launch.room import find_room
 
 COMMIT, LATER = "0123456789abcdef" * 2 + "01234567", "fedcba9876543210" * 2 + "fedcba98"
 NAME = "owner/tiny"
@@ -131,6 +134,21 @@ def test_a_run_that_has_begun_is_prepared_for_what_it_began_with(world: World, c
     identity = {"recipe": {"model": {"name_or_path": NAME}}, "base": f"commit {LATER}"}
     state.write_text(json.dumps({"identity": identity}), encoding="utf-8")
     assert f"{NAME} at {LATER}" in python_m_launch("prepare", recipe)[1]
+
+
+def test_a_later_commit_is_none_of_a_run_that_has_begun(world: World, cache: Path) -> None:
+    """Nobody prepared it, its base is in the cache, and of the hub's next commit another run has fetched a little."""
+    recipe = world.recipe("goes-on", model={"name_or_path": NAME}, train={"max_steps": 1})
+    state = world.run_directory("goes-on") / "checkpoints" / "step-000001" / "state.json"
+    state.parent.mkdir(parents=True)
+    identity = {"recipe": {"model": {"name_or_path": NAME}}, "base": f"commit {COMMIT}"}
+    state.write_text(json.dumps({"identity": identity}), encoding="utf-8")
+    (cache / "refs" / "main").write_text(LATER, encoding="utf-8")
+    (cache / "snapshots" / LATER).mkdir()
+    shutil.copy(cache / "snapshots" / COMMIT / "config.json", cache / "snapshots" / LATER)
+    checks = preflight.checks(load_recipe(recipe), [lambda: find_room(load_recipe(recipe))])
+    assert collect(checks) == [], "as a start has them"
+    assert python_m_launch("check", recipe)[::2] == (0, "")
 
 
 def test_a_directory_as_modelscope_leaves_it(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
