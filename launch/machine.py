@@ -88,7 +88,8 @@ def read_machine() -> Machine:
         num_local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         versions=versions() | _versions_of_cuda(),
         driver=_driver(),
-        precisions=engines.precisions_of_device(capability),
+        # Of a GPU of which CUDA tells nothing, nothing more is asked.
+        precisions=("fp32",) if fault and capability is None else engines.precisions_of_device(capability),
         num_gpus=num_gpus,
         num_driver_gpus=len(list((_NVIDIA / "gpus").glob("*"))),
         num_slurm_gpus=slurm_number("SLURM_GPUS_ON_NODE") or 0,

@@ -87,6 +87,11 @@ def find_gpu_fault(machine: Machine) -> Iterator[Finding]:
         )
 
 
+def _has_known_device(machine: Machine) -> bool:
+    """Not so of a GPU of which CUDA tells nothing but a fault."""
+    return machine.gpu_name is not None or not machine.gpu_fault
+
+
 def find_missing_kernels(machine: Machine) -> Iterator[Finding]:
     """Of this torch, for this GPU. V100 is the one that people have: README says the same of it."""
     capability = machine.gpu_capability
@@ -131,6 +136,8 @@ def has_kernels(arch_list: Sequence[str], capability: tuple[int, int]) -> bool:
 
 def find_precision(wanted: str, machine: Machine) -> Iterator[Finding]:
     """One that its device does not compute in."""
+    if not _has_known_device(machine):
+        return
     try:
         choose_precision(wanted, machine)
     except PreflightError as error:
@@ -230,11 +237,12 @@ def find_unlike_devices(wanted: str, machines: Sequence[Machine]) -> Iterator[Fi
     if without:
         yield Finding(f"Some ranks have no GPU: {without}; leave those machines out, or see what they lack.")
         return
+    known = [machine for machine in machines if _has_known_device(machine)]
     if wanted != "auto":
         return
-    chosen = _differing(machines, "auto", lambda machine: choose_precision("auto", machine)[0])
+    chosen = _differing(known, "auto", lambda machine: choose_precision("auto", machine)[0])
     if chosen:
-        common = [name for name in ("bf16", "fp16", "fp32") if all(name in machine.precisions for machine in machines)]
+        common = [name for name in ("bf16", "fp16", "fp32") if all(name in machine.precisions for machine in known)]
         yield Finding(
             f"The ranks would train in different precisions: {chosen}; set train.precision={common[0]}, which all can."
         )

@@ -312,6 +312,26 @@ def test_what_many_hosts_find_is_said_once() -> None:
     assert said.startswith("rank 1 of n1: A100 cannot be used: out of memory;")
 
 
+def test_a_gpu_of_which_cuda_tells_nothing_is_one_finding() -> None:
+    """It is no CPU, with precisions of its own."""
+    first, second = ranks(A100, A100, per_host=2)
+    lost = replace(
+        second,
+        precisions=("fp32",),
+        gpu_name=None,
+        gpu_uuid=None,
+        gpu_capability=None,
+        gpu_total_bytes=None,
+        gpu_free_bytes=None,
+        gpu_fault="CUDA error: unknown error",
+    )
+    for precision in ("auto", "bf16"):
+        ((stops, said),) = [
+            (found.stops, found.sentence) for found in collect(checks_of_ranks([first, lost], precision))
+        ]
+        assert stops and said.startswith("rank 1 of n1: the GPU cannot be used: CUDA error: unknown error;")
+
+
 # ---- of real conditions ----
 
 
