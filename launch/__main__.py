@@ -64,7 +64,7 @@ def plan(
 @app.command()
 def check(
     arguments: Arguments = None,
-    config_file: Annotated[Path, typer.Option(help="Of accelerate launch.")] = Path("configs/accelerate/zero3.yaml"),
+    config_file: Annotated[Path, typer.Option(help="Of accelerate launch.")] = ZERO3,
 ) -> None:
     """Make every check of a run that needs no weights; exit code 2 and all that is wrong when it would be refused."""
 
