@@ -150,7 +150,7 @@ def logits_of_targets(
     arguments = {name: value for name, value in given.items() if value is not None and name in accepts}
     if batch.position_ids is not None:
         output = model(input_ids=batch.input_ids, logits_to_keep=columns, **arguments)
-        return _logits_of(output)[0]  # of [1, positions, vocab]
+        return _logits_of(output).squeeze(0)  # of [1, positions, vocab]; [0] would copy all of its gradient
     if "logits_to_keep" in accepts:
         kept, column_of = torch.unique(columns, return_inverse=True)
         arguments["logits_to_keep"], columns = kept, column_of
