@@ -30,7 +30,7 @@ from launch import batching, layout_files, preflight, runs, worst_case
 from launch import checkpoint as checkpoints
 from launch import engine as engines
 from launch.checkpoint import Resumable
-from launch.collectives import try_network
+from launch.collectives import joined_in_time, try_network
 from launch.config import dump_recipe, intended_run_directory, parse_command_line
 from launch.deadline import Deadline
 from launch.errors import LaunchError, NoProgressError, OutOfMemoryError, RunInUseError, TrainingError
@@ -119,9 +119,11 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     agree(meeting, "start", lambda: settle(collect(checks_of_start(recipe, machines)), print))
     stopwatch.end("checks")
     precision, precision_reason = choose_precision(recipe.train.precision, machine)
-    accelerator = engines.create_accelerator(recipe, precision)
+    stacks, leave = stacks_file(recipe, meeting.rank), functools.partial(runs.leave_hung, recipe.run_directory)
+    with joined_in_time(stacks, leave, rank=meeting.rank):
+        accelerator = engines.create_accelerator(recipe, precision)
     stopwatch.end("process group")
-    network = reach_all_ranks(recipe, accelerator.device)
+    network = try_network(accelerator.device, stacks, leave)
     stopwatch.end("network")
 
     # ---- rows -> samples, on rank zero -------------------------------------------------------------------------------
@@ -215,20 +217,15 @@ def checks_of_start(recipe: Recipe, machines: Sequence[Machine]) -> list[Check]:
     ]
 
 
-def reach_all_ranks(recipe: Recipe, device: torch.device) -> dict[str, float]:
-    """The bandwidths of the network; this rank ends when another does not answer."""
-    return try_network(device, stacks_file(recipe), lambda reason: runs.leave_hung(recipe.run_directory, reason))
-
-
 def watch(recipe: Recipe) -> Watchdog:
     """Ends this rank when it hangs; its stacks go into the run directory's logs."""
-    seconds = recipe.run.hang_seconds
-    return Watchdog(seconds, stacks_file(recipe), lambda reason: runs.leave_hung(recipe.run_directory, reason))
+    seconds, stacks = recipe.run.hang_seconds, stacks_file(recipe, dist.get_rank())
+    return Watchdog(seconds, stacks, lambda reason: runs.leave_hung(recipe.run_directory, reason))
 
 
-def stacks_file(recipe: Recipe) -> Path:
-    """Where this rank's stacks are written when it hangs."""
-    return recipe.run_directory / "logs" / f"stacks-of-rank-{dist.get_rank()}.txt"
+def stacks_file(recipe: Recipe, rank: int) -> Path:
+    """Where a rank's stacks are written when it hangs."""
+    return recipe.run_directory / "logs" / f"stacks-of-rank-{rank}.txt"
 
 
 def optimizer_steps(

@@ -5,7 +5,8 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,36 @@ from torch.distributed.distributed_c10d import _get_default_store
 from launch.errors import PreflightError
 from launch.watchdog import Watchdog
 
-# How long all of it may take; NCCL sets up its connections in the first collective. On a 10 Gbit/s network the bytes
-# of a GPU take a second.
+# How long the process group, and then all of the trial, may take. On a 10 Gbit/s network the bytes of a GPU take a
+# second.
 REACH_SECONDS = 120.0
 _GPU_BYTES, _CPU_BYTES = 64_000_000, 1_000_000
 _ANSWER_SECONDS = 3.0  # for a rank to say that it waits, too
 _ROUNDS = 2
 _NAMES = ("all-reduce", "reduce-scatter", "all-gather")
+
+
+@contextmanager
+def joined_in_time(
+    stacks: Path, leave_word: Callable[[str], None], *, rank: int, reach_seconds: float = REACH_SECONDS
+) -> Iterator[None]:
+    """Ends this process, after `leave_word`, when the ranks, which are all there, make no process group inside.
+
+    On GPUs that is where NCCL connects, for DeepSpeed binds the group to the rank's own; gloo connects there, too.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sentence = f"The ranks made no process group within {reach_seconds:,.0f} s, and all are there; {_remedy(device)}."
+
+    def leave(_: str) -> None:
+        leave_word(sentence)
+        if rank == 0:
+            print(f"Failed: {sentence}", file=sys.stderr, flush=True)
+
+    watchdog = Watchdog(reach_seconds, stacks, leave)
+    try:
+        yield
+    finally:
+        watchdog.close()
 
 
 def try_network(

@@ -17,7 +17,7 @@ from conftest import World, launch, run_ranks, start_ranks
 
 import train
 from launch import collectives, runs
-from launch.collectives import bus_bandwidths, network_line, try_network
+from launch.collectives import bus_bandwidths, joined_in_time, network_line, try_network
 from launch.errors import PreflightError
 
 CPU = torch.device("cpu")
@@ -112,6 +112,28 @@ def test_a_rank_that_does_not_answer_is_named_and_all_others_end(
     assert expected in status["reason"]
     assert capfd.readouterr().err.count(expected) == 1
     launch(recipe, 2)
+
+
+def apart(arguments: list[str]) -> int:
+    """train.py's main; rank one stops on its way into the process group, as one whom NCCL does not connect."""
+    train.joined_in_time = functools.partial(joined_in_time, reach_seconds=2.0)
+    if os.environ["RANK"] == "1":
+        train.engines.create_accelerator = lambda *given: os.kill(os.getpid(), signal.SIGSTOP)
+    return train.main(arguments)
+
+
+@pytest.mark.slow
+def test_ranks_that_make_no_process_group_end(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = world.recipe("apart")
+    start = time.monotonic()
+    (first, _), (second, _) = start_ranks(2, apart, [str(recipe)])
+    first.join(60)
+    second.kill()
+    assert first.exitcode == 1 and time.monotonic() - start < 30
+    status = runs.read_status(world.run_directory("apart"))
+    assert (status["state"], status["may_go_on"]) == ("failed", True)
+    expected = "The ranks made no process group within 2 s, and all are there; name the network"
+    assert expected in status["reason"] and capfd.readouterr().err.count(expected) == 1
 
 
 @pytest.mark.slow
