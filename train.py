@@ -134,9 +134,8 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     tokenizer.chat_template = template.for_serving
     samples, held_out = (Samples.load(Path(found["store"]), split) for split in ("train", "evaluation"))
     deepspeed = accelerator.state.deepspeed_plugin.deepspeed_config
-    outlook = look_ahead(recipe, found["base"], precision, samples, deepspeed)
-    if accelerator.is_main_process:
-        settle(outlook.findings, print)
+    outlook = look_ahead(recipe, found["base"], precision, samples, deepspeed) if accelerator.is_main_process else None
+    engines.after_rank_zero("outlook", lambda: settle(outlook.findings if outlook else (), print))
     stopwatch.end("rows")
     checkpoint = Resumable.read(Path(found["checkpoint"])) if found["checkpoint"] else None
 
@@ -166,13 +165,14 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     stopwatch.end("worst case")
     if checkpoint is not None:
         checkpoints.restore(checkpoint, engine)
+        watchdog.hear()  # a slow disk is no hang
     stopwatch.end("resume")
 
     # ---- optimizer steps ---------------------------------------------------------------------------------------------
     resumed_after = checkpoint.step if checkpoint else None
     start_trackers(accelerator, recipe, resumed_after)
     stopwatch.end("trackers")
-    if accelerator.is_main_process:
+    if outlook is not None:
         deadline.recall(runs.read_metrics(recipe.run_directory))
         reasoned = f"{precision}: {precision_reason}"
         banner = start_up_banner(job, reasoned, network, found["rows"], packing, outlook, resumed_after)
@@ -183,7 +183,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     with ThreadPoolExecutor(1, "checkpoint") as writer, told:  # what is being written ends while the directory is ours
         is_done = optimizer_steps(job, writer, checkpoint, evaluations, stopwatch)
     watchdog.close()
-    if accelerator.is_main_process:
+    if outlook is not None:
         done = job.total_steps if is_done else runs.read_status(recipe.run_directory)["step"]
         outlook.compare(recipe.run_directory, done, print if is_done else lambda line: None)
     if not is_done:

@@ -71,7 +71,7 @@ def check(
     def work() -> None:
         from launch.check import check as check_run
 
-        check_run(parse_command_line(arguments or []), config_file)
+        check_run(parse_command_line(arguments or []), config_file, arguments or [])
 
     _refuse_in_one_sentence(work)
 

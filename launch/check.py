@@ -1,8 +1,9 @@
 """launch check: what can be known about a run before a weight is read, where there is a GPU and where there is none."""
 
 import functools
+import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import transformers
@@ -18,10 +19,10 @@ from launch.room import find_room
 from launch.starting_adapter import fingerprint_starting_adapter
 
 
-def check(recipe: Recipe, config_file: Path) -> None:
+def check(recipe: Recipe, config_file: Path, arguments: Sequence[str]) -> None:
     """Make every check of the run that accelerate launch would start with this file, and say what became of the rows.
 
-    Raises a LaunchError that names all that stops the run.
+    `arguments` are those that give train.py this recipe. Raises a LaunchError that names all that stops the run.
     """
     transformers.logging.set_verbosity_error()  # remote code gives it much to remark on
     said: list[str] = []
@@ -32,7 +33,10 @@ def check(recipe: Recipe, config_file: Path) -> None:
         said.append(f"Rows {outcomes_line(report)}; {report['train']['trained_tokens']:,} trained tokens.")
 
     settle(collect([*checks_of_machine(recipe.train.precision), *checks_of_run(recipe, config_file, rows)]), print)
-    print(*said, "The recipe, its layout, the base model's config, the adapter's targets and every row pass.", sep="\n")
+    print(*said, "The recipe, its layout, the base model's files, the adapter's targets and every row pass.", sep="\n")
+    print(
+        f"Start it:\n  {shlex.join(['accelerate', 'launch', '--config_file', str(config_file), 'train.py', *arguments])}"
+    )
 
 
 def checks_of_run(

@@ -100,14 +100,14 @@ def create_accelerator(recipe: Recipe, precision: str) -> Accelerator:
     return accelerator
 
 
-def after_rank_zero(what: str, work: Callable[[], str] = str) -> str:
+def after_rank_zero(what: str, work: Callable[[], str | None] = str) -> str:
     """What `work` returned on rank zero; the others wait on the store, not in a collective that could time out.
 
     `what` is done, once in a process group.
     """
     store, key = _get_default_store(), f"cairn/{what}"
     if dist.get_rank() == 0:
-        store.set(key, work())
+        store.set(key, work() or "")
     store.wait([key], timedelta(days=1))
     return str(store.get(key).decode())
 

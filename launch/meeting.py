@@ -62,8 +62,8 @@ def agree(meeting: Meeting, what: str, decide: Callable[[], None]) -> None:
         return
     try:
         decide()
-    except LaunchError as error:
-        store.set(key, str(error))
+    except Exception as error:  # what is no refusal is a fault of ours, and nobody waits for it, either
+        store.set(key, str(error) if isinstance(error, LaunchError) else f"{type(error).__name__}: {error}")
         with suppress(DistError):  # the store may end with this process: the others are to have heard by then
             store.wait([f"{key}/{rank}" for rank in range(1, meeting.num_ranks)], timedelta(seconds=_HEARING_SECONDS))
         raise

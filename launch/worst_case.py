@@ -19,7 +19,7 @@ from launch import batching, plan
 from launch.adapter import ADAPTER_NAME
 from launch.batching import MicroBatch
 from launch.engine import Engine, after_rank_zero, backward, step
-from launch.errors import LaunchError, OutOfMemoryError, first_line
+from launch.errors import OutOfMemoryError, first_line
 from launch.free_memory import available_bytes
 from launch.job import Job
 from launch.out_of_memory import Device, Tried, sentence, sentence_without_plan
@@ -157,5 +157,5 @@ def _sentence(job: Job, largest: Largest, where: str, device: Device) -> str:
         case = case_of_run(job.recipe, base_name, job.identity["precision"], share, packed=job.packed)
         sharding = plan.sharding_of(job.accelerator.state.deepspeed_plugin.deepspeed_config)
         return sentence(tried, device, case, sharding)
-    except (LaunchError, KeyError, TypeError, OSError) as error:  # whatever the plan lacks, this is no time to fail
+    except Exception as error:  # whatever the plan lacks, this is no time to fail
         return sentence_without_plan(tried, device, job.recipe, first_line(error))

@@ -32,10 +32,15 @@ def test_preview_marks_what_is_trained(world: World) -> None:
 
 
 def test_check_says_what_a_run_would_find(world: World) -> None:
-    code, out, _ = python_m_launch("check", world.recipe("check"))
-    assert (code, out.splitlines()[-1]) == (
+    recipe = world.recipe("check")
+    code, out, _ = python_m_launch("check", recipe, "train.max_steps=3")
+    assert (code, out.splitlines()[-3:]) == (
         0,
-        "The recipe, its layout, the base model's config, the adapter's targets and every row pass.",
+        [
+            "The recipe, its layout, the base model's files, the adapter's targets and every row pass.",
+            "Start it:",
+            f"  accelerate launch --config_file configs/accelerate/zero3.yaml train.py {recipe} train.max_steps=3",
+        ],
     )
     assert "Rows 50: 40 trained, 10 evaluated; " in out
     assert not world.run_directory("check").exists(), "a check leaves nothing behind"
