@@ -34,9 +34,8 @@ def check(recipe: Recipe, config_file: Path, arguments: Sequence[str]) -> None:
 
     settle(collect([*checks_of_machine(recipe.train.precision), *checks_of_run(recipe, config_file, rows)]), print)
     print(*said, "The recipe, its layout, the base model's files, the adapter's targets and every row pass.", sep="\n")
-    print(
-        f"Start it:\n  {shlex.join(['accelerate', 'launch', '--config_file', str(config_file), 'train.py', *arguments])}"
-    )
+    start = ["accelerate", "launch", "--config_file", str(config_file), "train.py", *arguments]
+    print(f"Start it:\n  {shlex.join(start)}")
 
 
 def checks_of_run(
