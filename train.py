@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,6 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from launch import batching, layout_files, preflight, runs, worst_case
 from launch import checkpoint as checkpoints
@@ -140,15 +143,8 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     checkpoint = Resumable.read(Path(found["checkpoint"])) if found["checkpoint"] else None
 
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
-    base, model = adapted_base(recipe, found, tokenizer, precision)
-    dtype_name = choose_dtype(recipe.run.merge_dtype, precision)
-    if accelerator.is_main_process:
-        num_trained, num_parameters = engines.count_parameters(model)
-        merged_bytes = num_parameters * DTYPES[dtype_name].itemsize if recipe.merges else 0
-        check_room(recipe, num_trained, merged_bytes)
-    stopwatch.end("base")
-    engine = engines.start_engine(accelerator, model, recipe.train)
-    stopwatch.end("engine")
+    with worst_case.told_while_starting(accelerator.device):
+        base, model, engine = made_ready(recipe, found, tokenizer, precision, accelerator, stopwatch)
     packed, packing = choose_packing(
         recipe.train.packing, recipe.adapter.num_virtual_tokens, engine, base, samples, accelerator.device
     )
@@ -184,7 +180,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
         is_done = optimizer_steps(job, writer, checkpoint, evaluations, stopwatch)
     watchdog.close()
     if outlook is not None:
-        done = job.total_steps if is_done else runs.read_status(recipe.run_directory)["step"]
+        done = job.total_steps if is_done else runs.read_status(recipe.run_directory).get("step", 0)
         outlook.compare(recipe.run_directory, done, print if is_done else lambda line: None)
     if not is_done:
         end_trackers(accelerator)
@@ -198,7 +194,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
         preemption.end_when_asked(lambda: runs.leave(recipe.run_directory, "preempted", word))
     chosen = use_chosen_step(job, evaluations)
     if recipe.merges:
-        merge_chosen(job, found, base, dtype_name, chosen)
+        merge_chosen(job, found, base, choose_dtype(recipe.run.merge_dtype, precision), chosen)
         engines.after_rank_zero("merged")
     dist.barrier()  # of ranks that are all here: they leave the process group, and its store, together
     end_trackers(accelerator)
@@ -211,10 +207,30 @@ def checks_of_start(recipe: Recipe, machines: Sequence[Machine]) -> list[Check]:
     """All that can be known before NCCL and the weights; on rank zero, with the machine of each rank."""
     launched, auto_precision = layout_files.layout_of_environment(os.environ), choose_precision("auto", machines[0])[0]
     return [
-        *preflight.checks(recipe, of_model=[lambda: find_room(recipe, is_start=True)]),
+        *preflight.checks(recipe, of_weights=[lambda: find_room(recipe, is_start=True)]),
         lambda: layout_files.check(recipe, launched, auto_precision),
         *checks_of_ranks(machines, recipe.train.precision),
     ]
+
+
+def made_ready(
+    recipe: Recipe,
+    found: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    precision: str,
+    accelerator: Accelerator,
+    stopwatch: Stopwatch,
+) -> tuple[torch.nn.Module, PeftModel, engines.Engine]:
+    """(the base, the adapter on it, the engine around both); a collective."""
+    base, model = adapted_base(recipe, found, tokenizer, precision)
+    if accelerator.is_main_process:
+        num_trained, num_parameters = engines.count_parameters(model)
+        itemsize = DTYPES[choose_dtype(recipe.run.merge_dtype, precision)].itemsize
+        check_room(recipe, num_trained, num_parameters * itemsize)
+    stopwatch.end("base")
+    engine = engines.start_engine(accelerator, model, recipe.train)
+    stopwatch.end("engine")
+    return base, model, engine
 
 
 def watch(recipe: Recipe) -> Watchdog:

@@ -64,5 +64,5 @@ def checks_of_run(
     def layout() -> list[Finding]:
         return layout_files.check(recipe, layout_files.layout_of_file(config_file))
 
-    of_model = [of_base, lambda: find_room(recipe)]
-    return [*preflight.checks(recipe, of_model), starting_adapter, layout]
+    of_recipe = preflight.checks(recipe, of_model=[of_base], of_weights=[lambda: find_room(recipe)])
+    return [*of_recipe, starting_adapter, layout]

@@ -247,9 +247,9 @@ def findings_of_launch(layout: Layout) -> Iterator[Finding]:
         )
     for key, value in layout.others.items():
         field = _LAUNCHED[key][1]
-        owner = f"{field} of the recipe" if field else layout.deepspeed_file
-        if owner is not None:
-            yield Finding(f"{layout.source}: {key} = {value}, but {owner} decides; leave it out.")
+        decides = f"the recipe decides, by {field}" if field else f"{layout.deepspeed_file} decides"
+        if field or layout.deepspeed_file is not None:
+            yield Finding(f"{layout.source}: {key} = {value}, but {decides}; leave it out.")
 
 
 def findings_of_deepspeed(recipe: Recipe, deepspeed: Json, name: str, precision: str) -> list[Finding]:
@@ -265,7 +265,8 @@ def findings_of_deepspeed(recipe: Recipe, deepspeed: Json, name: str, precision:
         found += _not_to_be_had(deepspeed)
         found += _misspelt(deepspeed)
         found += _of_precision(recipe, deepspeed, precision)
-        found += _of_zero(recipe, deepspeed, precision)
+        is_misspelt = "zero_optimization" not in deepspeed and difflib.get_close_matches("zero_optimization", deepspeed)
+        found += [] if is_misspelt else _of_zero(recipe, deepspeed, precision)
     return [replace(finding, sentence=f"{name}: {finding.sentence}") for finding in found]
 
 
@@ -277,7 +278,7 @@ def _owned_twice(recipe: Recipe, deepspeed: Json) -> Iterator[Finding]:
         if isinstance(value, dict):
             yield Finding(f"the block {key} is owned by the recipe, as {owner}; take it out here, and set those there.")
         else:
-            yield Finding(f"{key} = {_shown(value)}, but {owner} of the recipe decides; take it out here.")
+            yield Finding(f"{key} = {_shown(value)}, but the recipe decides, by {owner}; take it out here.")
 
 
 def _not_to_be_had(deepspeed: Json) -> Iterator[Finding]:

@@ -54,6 +54,16 @@ def sentence_without_plan(tried: Tried, device: Device, recipe: Recipe, why: str
     return f"{_start(tried, device)}: {_less(tried, recipe)} (no plan can say more: {why.rstrip('.')})."
 
 
+def sentence_of_start(device: Device) -> str:
+    """Before there is a micro-batch."""
+    what, others = ("GPU memory", ", or end other processes that use this GPU") if device.is_gpu else ("memory", "")
+    return (
+        f"No {what} was left while base and engine were made; this rank had {format_bytes(device.own_bytes)}, and "
+        f"{format_bytes(device.free_bytes)} of {format_bytes(device.total_bytes)} were free: take a layout that shares "
+        f"out or offloads more (python -m launch plan RECIPE names one), or more GPUs{others}."
+    )
+
+
 def _start(tried: Tried, device: Device) -> str:
     batch = tried.batch
     what = "GPU memory" if device.is_gpu else "memory"

@@ -27,8 +27,8 @@ def check(recipe: Recipe) -> None:
     settle(collect(checks(recipe)), print)
 
 
-def checks(recipe: Recipe, of_model: Sequence[Check] = ()) -> list[Check]:
-    """Of the recipe itself, without torch; `of_model` are those that need the model to be there."""
+def checks(recipe: Recipe, of_model: Sequence[Check] = (), of_weights: Sequence[Check] = ()) -> list[Check]:
+    """Of the recipe itself, without torch; `of_model` need the model to be there, `of_weights` whole files of it."""
     found: list[tuple[Path, str | None]] = []
     name, max_length = recipe.model.name_or_path, recipe.data.max_length
 
@@ -42,7 +42,11 @@ def checks(recipe: Recipe, of_model: Sequence[Check] = ()) -> list[Check]:
             config = read_config(directory / "config.json")
             yield from find_positions(name, config, max_length, recipe.adapter.num_virtual_tokens)
 
-    return [after(model, [files, *of_model]), lambda: find_trackers(recipe.run.report_to)]
+    def place() -> list[Finding]:
+        runs.check_writable(recipe.run_directory)
+        return []
+
+    return [after(model, [after(files, of_weights), *of_model]), place, lambda: find_trackers(recipe.run.report_to)]
 
 
 def find_trackers(names: Iterable[str]) -> Iterator[Finding]:

@@ -10,17 +10,16 @@ from launch.memory import checkpoint_bytes, numel
 from launch.plan import find_base
 from launch.preflight import as_prepared
 from launch.recipe import TINY_MODEL_NAME, Recipe
-from launch.runs import check_writable, free_bytes
+from launch.runs import free_bytes
 from launch.table import format_bytes
 from launch.trained_shapes import trained_shapes
 
 
 def find_room(recipe: Recipe, *, is_start: bool = False) -> Iterator[Finding]:
-    """What stops a run for want of a place or of room.
+    """What stops a run for want of room.
 
     Of a base that no formula covers it is said that the run compares; `is_start`: this is the run, which does so then.
     """
-    check_writable(recipe.run_directory)
     name, model = recipe.model.name_or_path, recipe.model
     is_here = model.factory is not None or name == TINY_MODEL_NAME or Path(name).expanduser().exists()
     known = as_prepared(recipe)

@@ -85,6 +85,9 @@ def restore_scaler(engine: Engine, state: dict[str, float | int]) -> None:
 def _restore_partitions(engine: Engine, state: dict[str, torch.Tensor]) -> None:
     """ZeRO-3: safe_set_full_* wants sizes that divide by the ranks, so each rank slices and pads its own part."""
     rank = dist.get_rank()
+    # What a forward without a backward gathered, such as a prompt encoder in an evaluation, is whole until the next
+    # step, and would be used as it was before.
+    engine.optimizer.parameter_offload.partition_all_parameters()
     for name, parameter in trainable_parameters(engine):
         partition: torch.Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed adds it
         part_size = partition.numel()

@@ -22,7 +22,7 @@ from launch.engine import Engine, after_rank_zero, backward, step
 from launch.errors import OutOfMemoryError, first_line
 from launch.free_memory import available_bytes
 from launch.job import Job
-from launch.out_of_memory import Device, Tried, sentence, sentence_without_plan
+from launch.out_of_memory import Device, Tried, sentence, sentence_of_start, sentence_without_plan
 from launch.outlook import case_of_run, sizes_of
 from launch.training_state import restore_scaler, scaler_state
 
@@ -123,6 +123,19 @@ def told(job: Job, largest: Largest, where: str) -> Iterator[None]:
             raise
         device = _device(job.accelerator.device)  # before the frames of the traceback let go what they hold
     raise OutOfMemoryError(_sentence(job, largest, where, device))
+
+
+@contextmanager
+def told_while_starting(device: torch.device) -> Iterator[None]:
+    """The same while base and engine are made, before there are micro-batches."""
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not _is_of_memory(error):
+            raise
+        found = _device(device)
+    raise OutOfMemoryError(sentence_of_start(found))
 
 
 def _is_of_memory(error: BaseException) -> bool:

@@ -72,21 +72,36 @@ def found_in(
             "the block scheduler is owned by the recipe, as train.lr_scheduler_type and train.warmup_steps or "
             "train.warmup_ratio; take it out here, and set those there.",
         ),
-        ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5, but train.max_grad_norm of the recipe decides; take it"),
-        ({"gradient_clipping": 0}, "gradient_clipping = 0, but train.max_grad_norm"),
-        ({"train_batch_size": 64}, "train_batch_size = 64, but train.global_batch_size of the recipe decides"),
-        ({"train_micro_batch_size_per_gpu": 2}, "train_micro_batch_size_per_gpu = 2, but train.max_tokens_per_micro"),
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps = 4, but train.global_batch_size and train."),
+        (
+            {"gradient_clipping": 0.5},
+            "gradient_clipping = 0.5, but the recipe decides, by train.max_grad_norm; take it",
+        ),
+        ({"gradient_clipping": 0}, "gradient_clipping = 0, but the recipe decides, by train.max_grad_norm"),
+        ({"train_batch_size": 64}, "train_batch_size = 64, but the recipe decides, by train.global_batch_size; take"),
+        (
+            {"train_micro_batch_size_per_gpu": 2},
+            "train_micro_batch_size_per_gpu = 2, but the recipe decides, by train.max_tokens",
+        ),
+        (
+            {"gradient_accumulation_steps": 4},
+            "gradient_accumulation_steps = 4, but the recipe decides, by train.global_batch",
+        ),
         ({"fp16.enabled": True}, 'fp16.enabled = true, but train.precision = auto of the recipe decides; write "ena'),
         ({"fp16": {}}, "fp16 has no enabled, which is false to DeepSpeed, but train.precision = auto"),
         ({"fp16.loss_scale": 128}, "fp16.loss_scale = 128 is a static one"),
         ({"bf16": ..., "bfloat16": {"enabled": True}}, "the block bfloat16 is owned by the recipe, as train.precision"),
         ({"torch_autocast": {"enabled": True}}, "the block torch_autocast is owned by the recipe, as train.precision"),
-        ({"data_types.param_dtype": "bf16"}, 'data_types.param_dtype = "bf16", but train.precision'),
+        (
+            {"data_types.param_dtype": "bf16"},
+            'data_types.param_dtype = "bf16", but the recipe decides, by train.precision',
+        ),
         ({"data_efficiency": {"enabled": True}}, "the block data_efficiency is owned by the recipe, as the data block"),
         ({"wandb": {"enabled": True}}, "the block wandb is owned by the recipe, as run.report_to"),
         ({"weight_quantization": {"quantized_initialization": {}}}, "the block weight_quantization is owned by the"),
-        ({"zero_optimization.zero_quantized_weights": True}, "zero_quantized_weights = true, but model.load_in_4bit"),
+        (
+            {"zero_optimization.zero_quantized_weights": True},
+            "zero_quantized_weights = true, but the recipe decides, by model.load_in_4bit",
+        ),
         ({"zero_optimization.zero_quantized_gradients": True}, "gradients would be sent in few bits"),
         ({"amp": {"enabled": False}}, "amp is a key that DeepSpeed no longer has, and stops at; take it out, and set"),
         ({"elasticity": {"enabled": False}}, "elasticity is a key that DeepSpeed no longer has, and stops at; take it"),
@@ -99,6 +114,7 @@ def found_in(
         ({"zero_optimization.zenflow": {"topk_ratio": 0.1}}, "needs DeepSpeed's own Adam"),
         ({"zero_optimization.compute_grad_norm": False}, "clipping and the log need the norm"),
         ({"bf16.bf16_master_weights_and_grads": True}, "what is trained has fp32 masters"),
+        ({"zero_optimization": ..., "zero_optimizaton": {"stage": 3}}, "did you mean zero_optimization?"),
         ({"zero_optimization": True}, "zero_optimization = true is no block of keys."),
         ({"zero_optimization": ...}, "zero_optimization.stage = 0 is not valid; the valid ones are 2, 3 and"),
         ({"zero_optimization.stage": 0}, "zero_optimization.stage = 0 is not valid"),
@@ -263,11 +279,14 @@ YAML: dict[str, Any] = yaml.safe_load((ROOT / "configs/accelerate/zero3.yaml").r
         ),
         (
             {"mixed_precision": "bf16"},
-            ["mixed_precision = bf16, but train.precision of the recipe decides; leave it out."],
+            ["mixed_precision = bf16, but the recipe decides, by train.precision; leave it out."],
         ),
         (
             {"deepspeed_config.gradient_accumulation_steps": 4, "deepspeed_config.gradient_clipping": 0.5},
-            ["gradient_clipping = 0.5, but train.max_grad_norm of the", "gradient_accumulation_steps = 4, but train."],
+            [
+                "gradient_clipping = 0.5, but the recipe decides, by train.max_grad_norm; leave",
+                "gradient_accumulation_steps = 4, but the recipe decides, by train.global_batch_size",
+            ],
         ),
         (
             {"deepspeed_config.zero_stage": 2},
@@ -277,7 +296,7 @@ YAML: dict[str, Any] = yaml.safe_load((ROOT / "configs/accelerate/zero3.yaml").r
             {
                 "deepspeed_config": {"zero_stage": 3, "offload_optimizer_device": "cpu", "gradient_clipping": 1.0},
             },
-            ["names no deepspeed_config_file", "gradient_clipping = 1.0, but train.max_grad_norm of the"],
+            ["names no deepspeed_config_file", "gradient_clipping = 1.0, but the recipe decides, by train.max"],
         ),
         (
             {"deepspeed_config.deepspeed_config_file": "configs/deepspeed/zero4.json"},

@@ -163,6 +163,7 @@ def test_what_the_merge_would_not_replace_is_refused_before_the_first_step(
     assert mine.exists() and runs.read_status(world.run_directory("mine"))["state"] == "refused"
 
 
+@pytest.mark.slow
 def test_overflow_is_refused_and_leaves_nothing(any_world: World, capfd: pytest.CaptureFixture[str]) -> None:
     """A weight that float16 cannot hold: one sentence, no directory, and the same command with bfloat16 merges."""
     base = AutoModelForCausalLM.from_pretrained(any_world.base, dtype=torch.float32)

@@ -54,6 +54,7 @@ def test_the_serving_generation_config_stops_at_what_was_trained_and_can_be_save
     assert GenerationConfig.from_pretrained(str(tmp_path)).temperature == 0.6
 
 
+@pytest.mark.slow
 def test_the_flagship_recipe_runs_on_a_tiny_model(world: World) -> None:
     """Everything of the recipe but the model, the rows and the number of steps."""
     overrides = [

@@ -86,13 +86,14 @@ def test_the_end_of_such_a_run_names_it_and_the_remedy(world: World, capfd: pyte
     assert "start another run.name with train.precision=fp32" in said and "; there is no checkpoint." in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "stage", "checkpointing"),
     [
         (1, 2, False),
-        pytest.param(1, 3, True, marks=pytest.mark.slow),
-        pytest.param(2, 3, False, marks=pytest.mark.slow),
-        pytest.param(2, 2, True, marks=pytest.mark.slow),
+        (1, 3, True),
+        (2, 3, False),
+        (2, 2, True),
     ],
 )
 def test_gradients_that_overflow_are_named_and_a_good_step_takes_the_hooks_away(

@@ -49,6 +49,7 @@ def make(directory: Path, *, num_held_out: int) -> Unmerged:
     return Unmerged(str(base), settings, torch.float16, tokenizer, directory / "adapter", directory / "data")
 
 
+@pytest.mark.slow
 def test_what_is_merged_has_the_logits_of_base_and_adapter_and_what_is_not_is_found(tmp_path: Path) -> None:
     unmerged, merged = make(tmp_path, num_held_out=6), tmp_path / "merged"
     found = check_logits(merged, unmerged, "float16")["logits"]

@@ -174,7 +174,8 @@ def their_run(path: Path) -> tuple[dict[str, Any], list[float]]:
     return {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}, norms
 
 
-@pytest.mark.parametrize("loraplus", [None, pytest.param(4.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loraplus", [None, 4.0])
 def test_whole_runs_end_with_the_same_weights(
     world: World, loraplus: float | None, capfd: pytest.CaptureFixture[str]
 ) -> None:

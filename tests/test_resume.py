@@ -137,7 +137,8 @@ def test_zero2_resumes_what_zero3_saved(world: World) -> None:
     assert largest_difference(world, "zero3", "zero3-then-2") < 1e-5
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_fp16_overflow_skips_alike_and_resume_keeps_the_scaler(world: World, stage: int) -> None:
     """2**18 times a loss overflows fp16 gradients; the scaler halves until they fit."""
     config = deepspeed_json(world.directory, stage, initial_scale_power=18, hysteresis=1, loss_scale_window=3)

@@ -1,6 +1,7 @@
 """The place and the room of a run, before anything of it is there."""
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from conftest import World
 from typer.testing import CliRunner
 
-from launch import hub
+from launch import hub, preflight
 from launch.__main__ import app
 from launch.config import load_recipe
 from launch.errors import PreflightError
@@ -66,18 +67,18 @@ def test_a_place_that_cannot_be_written(world: World, tmp_path: Path) -> None:
         if what != "no directory":
             (tmp_path / place).symlink_to(tmp_path / "nowhere")
         with pytest.raises(PreflightError, match=f"{place} is {what}; remove it"):
-            list(find_room(recipe_of(world, "nowhere", output_dir=str(tmp_path / place))))
+            preflight.check(recipe_of(world, "nowhere", output_dir=str(tmp_path / place)))
     if os.geteuid() != 0:
         (tmp_path / "mine").mkdir(mode=0o555)
         with pytest.raises(PreflightError, match="Permission denied"):
-            list(find_room(recipe_of(world, "denied", output_dir=str(tmp_path / "mine"))))
+            preflight.check(recipe_of(world, "denied", output_dir=str(tmp_path / "mine")))
     assert sorted(path.name for path in tmp_path.iterdir()) in (["file", "link"], ["file", "link", "mine"])
 
 
 def test_a_disk_that_is_mounted_read_only(world: World, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with pytest.raises(PreflightError, match=r"The run directory .* cannot be written: Permission denied \(.*small\)"):
-        list(find_room(recipe_of(world, "x", output_dir=str(small_disk / "runs"))))
+        preflight.check(recipe_of(world, "x", output_dir=str(small_disk / "runs")))
 
 
 def test_a_base_without_formulas_is_compared_by_the_run(world: World, tmp_path: Path) -> None:
@@ -89,6 +90,17 @@ def test_a_base_without_formulas_is_compared_by_the_run(world: World, tmp_path: 
     )
     assert list(find_room(recipe, is_start=True)) == []
     assert list(find_room(load_recipe(Path("configs/recipes/tiny.yaml")))) == [], "which fits anywhere"
+
+
+def test_a_fault_of_the_weights_is_said_once(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.base, tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    recipe = world.recipe("half", model={"name_or_path": str(tmp_path / "base")})
+    done = CliRunner().invoke(app, ["check", str(recipe), "run.output_dir=/dev/null"])
+    assert done.exit_code == 2 and "Note: " not in done.output
+    assert done.stderr.count("model.safetensors") == 1, done.stderr
+    assert "/dev/null is no directory; remove it" in done.stderr, "the place is looked at in any case"
 
 
 def test_a_cache_without_room_for_the_base(world: World, monkeypatch: pytest.MonkeyPatch, small_disk: Path) -> None:

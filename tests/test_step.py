@@ -41,7 +41,7 @@ def reference(world: World) -> str:
         pytest.param(1, 256, 3, "off", marks=pytest.mark.slow),
         pytest.param(2, 256, 3, "off", marks=pytest.mark.slow),
         pytest.param(2, 128, 2, "auto", marks=pytest.mark.slow),
-        (2, 128, 1, "auto"),
+        pytest.param(2, 128, 1, "auto", marks=pytest.mark.slow),
     ],
 )
 def test_any_layout_gives_the_same_curve(

@@ -85,6 +85,7 @@ def test_trackers_that_do_not_start_are_refused_at_first_and_left_out_later(
     assert "Trackers get nothing from this start, since tensorboard could not be started (" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_tensorboard_has_every_step_once_over_a_stop_and_a_step_back(world: World) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

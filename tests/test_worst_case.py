@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import train
 from launch import batching, job, runs, worst_case
@@ -125,17 +127,14 @@ WAYS = {
     "one rank": (3, False, "fp16", {}, False),
     "zero3 p-tuning": (3, False, "fp32", {"adapter": P_TUNING}, False),
     "zero3 not a number": (3, True, "fp32", {}, True),
-    "zero2 offload": (2, True, "fp32", {}, False),
-    "zero2 fp16": (2, False, "fp16", {}, False),
     "zero2 offload fp16": (2, True, "fp16", {}, False),
-    "zero2 not a number": (2, False, "fp32", {}, True),
     "zero2 offload not a number": (2, True, "fp16", {}, True),
     "zero2 loraplus": (2, False, "fp32", {"train": {"loraplus_lr_ratio": 4.0}}, False),
 }
-FAST = ("one rank",)
 
 
-@pytest.mark.parametrize("way", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in WAYS])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_a_run_is_bitwise_that_without(world: World, way: str) -> None:
     """With dropout, gradient checkpointing, and under fp16 a scale that overflows at first."""
     stage, offload, precision, blocks, is_nan = WAYS[way]
@@ -181,7 +180,8 @@ def long_rows(world: World) -> Path:
 
 def trained_in_little(limited_rank: int, place: str, arguments: list[str]) -> int:
     """train.py's main; from then on this rank gets no more than 40 MB of addresses than it has."""
-    real = getattr(train, place) if place == "evaluate_if_due" else getattr(worst_case, place)
+    module = worst_case if hasattr(worst_case, place) else train
+    real = getattr(module, place)
 
     def limited(*given: Any) -> Any:
         if os.environ["RANK"] == str(limited_rank):
@@ -189,7 +189,7 @@ def trained_in_little(limited_rank: int, place: str, arguments: list[str]) -> in
             resource.setrlimit(resource.RLIMIT_AS, (size + 40_000_000, resource.RLIM_INFINITY))
         return real(*given)
 
-    setattr(train if place == "evaluate_if_due" else worst_case, place, limited)
+    setattr(module, place, limited)
     return train.main(arguments)
 
 
@@ -225,6 +225,27 @@ def test_a_rank_without_memory_ends_the_run_with_what_to_lower(
     assert f"No memory was left {where}, of at most" in status["reason"]
     assert "activations" in status["reason"] and "train.max_tokens_per_micro_batch=" in status["reason"]
     assert status["reason"].removeprefix("rank 1: ") in said
+
+
+@pytest.mark.slow
+def test_a_base_that_does_not_fit_is_one_sentence(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """On the second of two ranks under ZeRO-2, where each has the whole: 67 MB of it, and 40 MB are left."""
+    shutil.copytree(world.base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = Qwen2Config.from_pretrained(str(tmp_path / "base"), intermediate_size=87_000)
+    Qwen2ForCausalLM(config).save_pretrained(str(tmp_path / "base"))
+    recipe = world.recipe("large", model={"name_or_path": str(tmp_path / "base")})
+    children = start_ranks(
+        2, trained_in_little, 1, "adapted_base", [str(recipe)], deepspeed=deepspeed_json(tmp_path, 2)
+    )
+    (first, _), (_, second) = children
+    assert second.poll(100), "the rank hangs"
+    assert second.recv() == (True, 1)
+    first.kill()  # as the launcher does: it waits in the store, where DeepSpeed makes its groups
+    reason = runs.read_status(world.run_directory("large"))["reason"]
+    assert reason.startswith("rank 1: No memory was left while base and engine were made; this rank had "), reason
+    assert "python -m launch plan RECIPE" in capfd.readouterr().err
 
 
 def test_who_is_asked_to_end_since_another_rank_failed_does_not_say_that_it_was_preempted(tmp_path: Path) -> None:

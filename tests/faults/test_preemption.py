@@ -51,7 +51,7 @@ def straight(world: World) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "module", "call", "numbers", "step"),
     [
-        ("evaluate", train, 2, [signal.SIGTERM], 2),
+        pytest.param("evaluate", train, 2, [signal.SIGTERM], 2, marks=pytest.mark.slow),
         pytest.param("evaluate", train, 1, [signal.SIGTERM], 0, marks=pytest.mark.slow),
         pytest.param("evaluate", train, 4, [signal.SIGTERM], 6, marks=pytest.mark.slow),
         pytest.param("batch_loss", job, 17, THRICE, None, marks=pytest.mark.slow),
