@@ -16,6 +16,7 @@ from launch.same_run import check_allow_change
 
 DEFAULT_RECIPE = Path("configs/recipes/tiny.yaml")
 LAUNCH_COMMAND = "accelerate launch --config_file configs/accelerate/zero3.yaml train.py"
+NOT_LAUNCHED = f"train.py runs on DeepSpeed: start it with {LAUNCH_COMMAND}."
 
 
 class _Yaml(yaml.SafeLoader):

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from launch.config import LAUNCH_COMMAND
+from launch.config import NOT_LAUNCHED
 from launch.errors import ConfigError, PreflightError, first_line
 from launch.findings import Finding, collect
 from launch.recipe import LoraBlock, Recipe
@@ -234,7 +234,7 @@ def check(recipe: Recipe, layout: Layout, auto_precision: str = "auto") -> list[
 def findings_of_launch(layout: Layout) -> Iterator[Finding]:
     """Of accelerate's YAML, or of its options."""
     if not layout.distributed_type:
-        yield Finding(f"train.py runs on DeepSpeed: start it with {LAUNCH_COMMAND}.")
+        yield Finding(NOT_LAUNCHED)
         return
     if layout.distributed_type != "DEEPSPEED":
         said = f"{layout.source}: distributed_type = {layout.distributed_type}"

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import DistError
 from torch.distributed.rendezvous import rendezvous
 
+from launch.config import NOT_LAUNCHED
 from launch.errors import LaunchError, PreflightError
 
 _HEARING_SECONDS = 10.0
@@ -34,10 +35,7 @@ def meet(timeout_seconds: float) -> Meeting:
     The process group will meet there, too, and finds this store still open.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        raise PreflightError(
-            "train.py runs on DeepSpeed: start it with "
-            "accelerate launch --config_file configs/accelerate/zero3.yaml train.py."
-        )
+        raise PreflightError(NOT_LAUNCHED)
     store, rank, num_ranks = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
     return Meeting(store, rank, num_ranks)
 

@@ -1,12 +1,12 @@
 """The largest micro-batches that a run has, before its first step: memory that does not suffice is found at once.
 
-Besides engine.py this module alone knows DeepSpeed's inside: what a step leaves behind there.
+Besides engine.py and training_state.py this module alone knows DeepSpeed's inside: what a step leaves behind there.
 """
 
 import json
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,27 +115,27 @@ def _left_as_it_was(engine: Engine) -> Iterator[None]:
 @contextmanager
 def told(job: Job, largest: Largest, where: str) -> Iterator[None]:
     """Makes an OutOfMemoryError of what is raised inside when there is no memory: what to lower, and by how much."""
-    try:
+    with _explained(job.accelerator.device, lambda found: _sentence(job, largest, where, found)):
         yield
-        return
-    except (RuntimeError, MemoryError) as error:
-        if not _is_of_memory(error):
-            raise
-        device = _device(job.accelerator.device)  # before the frames of the traceback let go what they hold
-    raise OutOfMemoryError(_sentence(job, largest, where, device))
 
 
 @contextmanager
 def told_while_starting(device: torch.device) -> Iterator[None]:
     """The same while base and engine are made, before there are micro-batches."""
+    with _explained(device, sentence_of_start):
+        yield
+
+
+@contextmanager
+def _explained(device: torch.device, explain: Callable[[Device], str]) -> Iterator[None]:
     try:
         yield
         return
     except (RuntimeError, MemoryError) as error:
         if not _is_of_memory(error):
             raise
-        found = _device(device)
-    raise OutOfMemoryError(sentence_of_start(found))
+        found = _device(device)  # before the frames of the traceback let go what they hold
+    raise OutOfMemoryError(explain(found))
 
 
 def _is_of_memory(error: BaseException) -> bool:

@@ -23,7 +23,11 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, Qwe
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import train
+from launch import engine as engines
 from launch import preemption, runs
+from launch.adapter import add_adapter
+from launch.model import DTYPES, enable_gradient_checkpointing, load_base
+from launch.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -282,6 +286,16 @@ def _be_a_rank(
 def launch(recipe: Path, num_ranks: int, *overrides: str, deepspeed: Path | None = None) -> None:
     """train.py's main on forked ranks; every rank must succeed."""
     assert run_ranks(num_ranks, train.main, [str(recipe), *overrides], deepspeed=deepspeed) == [0] * num_ranks
+
+
+def engine_of(recipe: Recipe, precision: str) -> engines.Engine:
+    """Around base and adapter, as a run makes it; on a rank."""
+    accelerator = engines.create_accelerator(recipe, precision)
+    base = load_base(recipe.model.name_or_path, recipe.model, precision)
+    model = add_adapter(base, recipe.adapter, base=recipe.model.name_or_path, seed=0, dtype=DTYPES[precision])
+    if recipe.train.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return engines.start_engine(accelerator, model, recipe.train)
 
 
 def killed_before(number: int, where: str, work: Callable[[], object]) -> int:

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import World, deepspeed_json, run_ranks
+from conftest import World, deepspeed_json, engine_of, run_ranks
 
 from launch import engine as engines
 from launch import memory
-from launch.adapter import add_adapter
 from launch.config import load_recipe
 from launch.memory import Model, Sharding
-from launch.model import enable_gradient_checkpointing, load_base
 from launch.plan import sharding_of
 from launch.shapes import base_of_config, read_config
 from launch.trained_shapes import trained_shapes
@@ -35,12 +33,7 @@ def model_of(recipe_path: Path, value_bytes: int = 4) -> Model:
 def held_by_a_rank(recipe_path: str) -> dict[str, int]:
     """Starts the engine as a run does, makes two micro-batches, and counts what this rank holds."""
     recipe = load_recipe(Path(recipe_path))
-    accelerator = engines.create_accelerator(recipe, "fp32")
-    base = load_base(recipe.model.name_or_path, recipe.model, "fp32")
-    model = add_adapter(base, recipe.adapter, base=recipe.model.name_or_path, seed=0, dtype=torch.float32)
-    if recipe.train.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    engine = engines.start_engine(accelerator, model, recipe.train)
+    engine = engine_of(recipe, "fp32")
     held = engines.bytes_on_this_rank(engine)
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:

@@ -5,7 +5,7 @@ from pathlib import Path
 import own_model
 import pytest
 import torch
-from conftest import World, deepspeed_json, run_ranks
+from conftest import World, deepspeed_json, engine_of, run_ranks
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from test_adapters import SOFT
 from test_resume import stop_at
@@ -13,10 +13,8 @@ from test_resume import stop_at
 import train
 from launch import engine as engines
 from launch import movement, runs
-from launch.adapter import add_adapter
 from launch.config import load_recipe
 from launch.errors import TrainingError
-from launch.model import load_base
 
 LONG = {"max_steps": 20, "save_steps": 100, "weight_decay": 0.1}  # which moves A, though nothing is learned
 
@@ -64,11 +62,7 @@ def looked_at(recipe_path: Path, precision: str) -> dict[str, str]:
     movement.UPDATES_BEFORE_THE_LOOK = 3
     recipe = load_recipe(recipe_path)
     engines.quiet_libraries()
-    accelerator = engines.create_accelerator(recipe, precision)
-    base = load_base(recipe.model.name_or_path, recipe.model, precision)
-    dtype = next(base.parameters()).dtype
-    model = add_adapter(base, recipe.adapter, base=recipe.model.name_or_path, seed=0, dtype=dtype)
-    engine = engines.start_engine(accelerator, model, recipe.train)
+    engine = engine_of(recipe, precision)
     ids = torch.arange(3, 40)[None]
 
     def three_steps(learning_rate: float, loses_master_of: str = "") -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import World, deepspeed_json, run_ranks
+from conftest import World, deepspeed_json, engine_of, run_ranks
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
@@ -18,10 +18,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Conf
 import train
 from launch import engine as engines
 from launch import overflow
-from launch.adapter import add_adapter
 from launch.checkpoint import path_of_step
 from launch.config import load_recipe
-from launch.model import load_base
 from launch.overflow import Overflow
 
 FP16 = {"max_steps": 4, "precision": "fp16", "save_steps": 100}
@@ -166,10 +164,8 @@ def in_fp32(recipe_path: Path) -> dict[str, float]:
     CPU_Accelerator.is_fp16_supported = lambda self: True
     recipe = load_recipe(recipe_path)
     engines.quiet_libraries()
-    accelerator = engines.create_accelerator(recipe, "fp16")
-    base = load_base(recipe.model.name_or_path, recipe.model, "fp16")
-    model = add_adapter(base, recipe.adapter, base=recipe.model.name_or_path, seed=0, dtype=torch.float16)
-    engine = engines.start_engine(accelerator, model, recipe.train)
+    engine = engine_of(recipe, "fp16")
+    base = engine.module.get_base_model()
     layer = base.model.layers[0]
     worst = dict.fromkeys(("norm", "attention"), 0.0)
     real_attention = functional.scaled_dot_product_attention

@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_ranks
+from conftest import ROOT, engine_of, run_ranks
 from test_activations import peak_bytes
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from launch import engine as engines
 from launch import memory
 from launch.activations import Adapted, MicroBatch, Way, adapter_bytes, logits_bytes, passing_bytes, saved_bytes
-from launch.adapter import add_adapter
 from launch.config import load_recipe
 from launch.memory import Model
-from launch.model import enable_gradient_checkpointing, load_base
 from launch.plan import sharding_of
 from launch.shapes import base_of_config, read_config
 from launch.trained_shapes import adapted_layers, trained_shapes
@@ -39,12 +37,7 @@ SMALL_3 = {
 def peak_of_a_micro_batch(recipe_path: str) -> int:
     """That of a micro-batch in the third step, when DeepSpeed knows the order of the modules."""
     recipe = load_recipe(Path(recipe_path))
-    accelerator = engines.create_accelerator(recipe, "bf16")
-    base = load_base(recipe.model.name_or_path, recipe.model, "bf16")
-    model = add_adapter(base, recipe.adapter, base=recipe.model.name_or_path, seed=0, dtype=torch.bfloat16)
-    if recipe.train.gradient_checkpointing:
-        enable_gradient_checkpointing(model)
-    engine = engines.start_engine(accelerator, model, recipe.train)
+    engine = engine_of(recipe, "bf16")
     ids, targets = torch.arange(NUM_TOKENS)[None] % 100, torch.arange(NUM_TARGETS) % 100
     positions = torch.arange(NUM_TOKENS // 2).repeat(2)[None]
 

@@ -9,18 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import World, deepspeed_json, launch, run_ranks
+from conftest import World, deepspeed_json, engine_of, launch, run_ranks
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from safetensors.torch import load_file
 
 import train
 from launch import engine as engines
 from launch import runs
-from launch.adapter import add_adapter
 from launch.checkpoint import find_resumable, path_of_step
 from launch.config import load_recipe
 from launch.errors import CheckpointError
-from launch.model import load_base
 from launch.report import Stopwatch
 
 STEPS = 9
@@ -49,10 +47,7 @@ def dtypes_under_fp16(recipe_path: Path) -> dict[str, set[torch.dtype]]:
     CPU_Accelerator.is_fp16_supported = lambda self: True
     recipe = load_recipe(recipe_path)
     engines.quiet_libraries()
-    accelerator = engines.create_accelerator(recipe, "fp16")
-    base = load_base(recipe.model.name_or_path, recipe.model, "fp16")
-    model = add_adapter(base, recipe.adapter, base=recipe.model.name_or_path, seed=0, dtype=torch.float16)
-    engine = engines.start_engine(accelerator, model, recipe.train)
+    engine = engine_of(recipe, "fp16")
     masters = {group.dtype for group in engine.optimizer.fp32_partitioned_groups_flat}
     return {"masters": masters, "weights": {parameter.dtype for parameter in engine.module.parameters()}}
 
