@@ -50,7 +50,7 @@ from launch.modes import keep_private
 from launch.movement import Movement
 from launch.outlook import look_ahead
 from launch.overflow import Overflows
-from launch.packing import choose_packing, forward_arguments
+from launch.packing import forward_arguments, probe
 from launch.recipe import Recipe
 from launch.report import RunLog, Stopwatch, closing_lines, start_up_banner
 from launch.room import check_room, find_room
@@ -145,15 +145,23 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     # ---- base model + adapter -> engine ------------------------------------------------------------------------------
     with worst_case.told_while_starting(accelerator.device):
         base, model, engine = made_ready(recipe, found, tokenizer, precision, accelerator, stopwatch)
-    packed, packing = choose_packing(
-        recipe.train.packing, recipe.adapter.num_virtual_tokens, engine, base, samples, accelerator.device
-    )
-    stopwatch.end("packing probe")
-    accepts = forward_arguments(base)
-    watchdog, deadline = watch(recipe), Deadline(recipe.run.grace_seconds)
-    identity = found["identity"]
+    virtual = recipe.adapter.num_virtual_tokens
+    probed = probe(recipe.train.packing, virtual, engine, base, samples, accelerator.device)
+    stopwatch.end("probe")
     job = Job(
-        recipe, accelerator, engine, model, tokenizer, samples, held_out, packed, accepts, identity, watchdog, deadline
+        recipe,
+        accelerator,
+        engine,
+        model,
+        tokenizer,
+        samples,
+        held_out,
+        packed=probed.packed,
+        accepts=forward_arguments(base),
+        head=probed.head,
+        identity=found["identity"],
+        watchdog=watch(recipe),
+        deadline=Deadline(recipe.run.grace_seconds),
     )
     largest = worst_case.find_largest(job)
     with worst_case.told(job, largest, "in a trial of the largest micro-batches"):
@@ -161,7 +169,7 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     stopwatch.end("worst case")
     if checkpoint is not None:
         checkpoints.restore(checkpoint, engine)
-        watchdog.hear()  # a slow disk is no hang
+        job.watchdog.hear()  # a slow disk is no hang
     stopwatch.end("resume")
 
     # ---- optimizer steps ---------------------------------------------------------------------------------------------
@@ -169,16 +177,16 @@ def train(recipe: Recipe, stopwatch: Stopwatch) -> None:
     start_trackers(accelerator, recipe, resumed_after)
     stopwatch.end("trackers")
     if outlook is not None:
-        deadline.recall(runs.read_metrics(recipe.run_directory))
+        job.deadline.recall(runs.read_metrics(recipe.run_directory))
         reasoned = f"{precision}: {precision_reason}"
-        banner = start_up_banner(job, reasoned, network, found["rows"], packing, outlook, resumed_after)
+        banner = start_up_banner(job, reasoned, network, found["rows"], probed, outlook, resumed_after)
         print(banner, flush=True)
         runs.write_status(recipe.run_directory, "running", "training", pid=os.getpid())
     evaluations: list[dict[str, Any]] = found["evaluations"]
     told = worst_case.told(job, largest, "in a micro-batch")
     with ThreadPoolExecutor(1, "checkpoint") as writer, told:  # what is being written ends while the directory is ours
         is_done = optimizer_steps(job, writer, checkpoint, evaluations, stopwatch)
-    watchdog.close()
+    job.watchdog.close()
     if outlook is not None:
         done = job.total_steps if is_done else runs.read_status(recipe.run_directory).get("step", 0)
         outlook.compare(recipe.run_directory, done, print if is_done else lambda line: None)

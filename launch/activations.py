@@ -11,6 +11,7 @@ from typing import NamedTuple
 from launch.shapes import LLAMA_LIKE, Base
 
 FP32_BYTES = 4
+LOGITS_AT_ONCE = 1 << 25  # that a head makes for the loss (launch/head.py)
 LOGITS_PEAK_BYTES = 3 * FP32_BYTES  # log-probabilities, their gradient and that of the logits, all in fp32
 
 

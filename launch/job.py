@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from launch import batching, preemption
 from launch import engine as engines
 from launch.deadline import Deadline
+from launch.head import LossHead
 from launch.packing import batch_loss, collate
 from launch.recipe import Recipe
 from launch.samples import Samples
@@ -35,6 +36,7 @@ class Job:
     held_out: Samples
     packed: bool
     accepts: frozenset[str]  # by name, what the base model's forward can be given
+    head: LossHead | None  # that has the loss within it
     identity: dict[str, Any]
     watchdog: Watchdog
     deadline: Deadline
@@ -63,7 +65,9 @@ class Job:
         self.watchdog.hear()
         batch = collate(samples, ids, self.accelerator.device, packed=self.packed)
         virtual_columns = self.recipe.adapter.num_virtual_columns
-        loss_sum, sums = batch_loss(self.engine, batch, accepts=self.accepts, virtual_columns=virtual_columns)
+        loss_sum, sums = batch_loss(
+            self.engine, batch, accepts=self.accepts, virtual_columns=virtual_columns, head=self.head
+        )
         return loss_sum, sums, batch.input_ids.numel()
 
     def wants_to_stop(self, *, evaluation: bool = False) -> bool:

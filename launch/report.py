@@ -20,6 +20,7 @@ from launch.collectives import network_line
 from launch.config import LAUNCH_COMMAND
 from launch.job import Job
 from launch.outlook import Outlook, peak_memory_bytes
+from launch.packing import Probed
 from launch.quantisation import quantised_line
 from launch.recipe import TINY_MODEL_NAME, Recipe
 from launch.table import format_bytes, format_table
@@ -219,7 +220,7 @@ def start_up_banner(
     precision: str,
     network: Mapping[str, float],
     rows_line: str,
-    packing: str,
+    probed: Probed,
     outlook: Outlook,
     resumed_after: int | None,
 ) -> str:
@@ -246,7 +247,8 @@ def start_up_banner(
             f"micro-batch(es) a rank of at most {settings.max_tokens_per_micro_batch:,} tokens",
         ),
         ("attention", attention_in_use(job.model.get_base_model(), recipe.model.attn_implementation)[1]),
-        ("packing", packing),
+        ("packing", probed.packing),
+        ("logits", probed.logits),
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%}): {', '.join(kinds)}"),
         ("a stop gets", job.deadline.budget_line()),
         ("a rank holds", f"{format_bytes(held['weights'])} of weights, {format_bytes(held['optimizer'])} of optimizer"),

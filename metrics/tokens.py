@@ -40,6 +40,17 @@ def loss_and_sums(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
     return loss_sum, torch.stack([loss_sum.detach().double(), num_correct.double(), num_tokens.double()])
 
 
+def sums_of_judged(judged: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of positions that are judged: `judged` [positions, 2] (fp32), negative log-likelihood and 1 if right.
+
+    Without any token `judged` has one row, which counts for nothing.
+    """
+    if num_tokens == 0:
+        return judged[:, 0].sum() * 0.0, torch.zeros(3, dtype=torch.float64, device=judged.device)
+    sums = judged.detach().sum(dim=0, dtype=torch.float64)  # [2]
+    return judged[:, 0].sum(), torch.cat([sums, sums.new_full((1,), num_tokens)])
+
+
 def counts_from_sums(sums: torch.Tensor) -> TokenCounts:
     """`[loss sum, correct, tokens]`, added over everything, as counts."""
     loss_sum, num_correct, num_tokens = sums.tolist()

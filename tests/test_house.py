@@ -30,6 +30,7 @@ LAYERS = (
     "launch.forecast",
     "launch.out_of_memory",
     "launch.data launch.data_page",
+    "launch.head launch.sample_attention",
     "launch.meeting launch.tiny launch.quantisation launch.shards launch.adapter launch.engine launch.packing",
     "launch.machine launch.merge_rule launch.merge_output launch.training_state launch.collectives",
     "launch.machine_findings launch.merge_plan",

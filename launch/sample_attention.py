@@ -1,0 +1,96 @@
+"""Attention of packed samples one by one, instead of a matrix of all pairs of tokens that masks most of them.
+
+`AttentionInterface` and `AttentionMaskInterface` are the seams that transformers documents for other attention
+functions. Those of the name sdpa are taken: outside of `one_by_one` they are transformers' own.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+_packed: ContextVar[tuple[int, ...]] = ContextVar("lengths of the packed samples", default=())
+
+
+@contextmanager
+def one_by_one(lengths: Sequence[int]) -> Iterator[None]:
+    """Forward passes inside are of one row in which samples of these lengths are packed.
+
+    Their backward passes may come later: what the layers are given in place of a mask says it all.
+    """
+    _register()
+    token = _packed.set(tuple(lengths))
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+@functools.cache
+def _register() -> None:
+    AttentionInterface.register("sdpa", _attention)
+    AttentionMaskInterface.register("sdpa", _mask)
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    allow_is_bidirectional_skip: bool = False,
+    **given: Any,
+) -> torch.Tensor | None:
+    """The lengths, [1, 1, 1, samples] int64, where the mask asked for is causal within each sample; else that mask.
+
+    A window (`local_size`) no sample is longer than hides nothing; `use_vmap` stands for patterns of a model's own.
+    """
+    lengths = _packed.get()
+    if (
+        len(lengths) > 1
+        and batch_size == 1
+        and q_length == kv_length == sum(lengths)
+        and attention_mask is None
+        and (local_size is None or local_size >= max(lengths))
+        and not use_vmap
+        and not allow_is_bidirectional_skip
+    ):
+        return torch.tensor(lengths)[None, None, None]  # on the CPU, where no layer waits for a GPU to read it
+    mask: torch.Tensor | None = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        use_vmap=use_vmap,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        **given,
+    )
+    return mask
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **given: Any,
+) -> tuple[torch.Tensor, None]:
+    """[1, seq, heads, head_dim] of query, key and value [1, heads, seq, head_dim]."""
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+        return whole
+    lengths = attention_mask.flatten().tolist()
+    samples = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    given["is_causal"] = True
+    outputs = [sdpa_attention_forward(module, *sample, None, **given)[0] for sample in samples]
+    return torch.cat(outputs, dim=1), None
