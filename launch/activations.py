@@ -13,6 +13,7 @@ from launch.shapes import LLAMA_LIKE, Base
 FP32_BYTES = 4
 LOGITS_AT_ONCE = 1 << 25  # that a head makes for the loss (launch/head.py)
 LOGITS_PEAK_BYTES = 3 * FP32_BYTES  # log-probabilities, their gradient and that of the logits, all in fp32
+LOGITS_AT_ONCE_BYTES = 10  # within the head, in 16 bits: logits, the same in fp32, log-probabilities in fp32
 
 
 class OwnLayer(NamedTuple):
@@ -46,9 +47,11 @@ class MicroBatch:
     """A micro-batch as the model sees it."""
 
     num_tokens: int  # cells: rows x columns
-    num_columns: int  # of one row: all tokens if packed, else the longest sample's
+    num_columns: int  # that a token may look at: those of its row, or of its sample
     num_targets: int  # positions that predict a trained token
     num_logit_rows: int  # positions that the head is computed at
+    is_masked: bool = True  # False: packed samples are attended one by one (launch/sample_attention.py)
+    is_judged_in_head: bool = False  # the loss is computed within the head (launch/head.py)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Way:
     eager: bool  # attention: the matrix of all pairs is made
     gradient_checkpointing: bool
     keeps_linear_inputs: bool  # ZeRO-3's linear layers keep their inputs (zero/linear.py); in 4 bits they do not
+    groups_heads: bool = True  # without a mask, sdpa takes fewer heads of keys and values as they are
 
 
 def layer_saved_bytes(base: Base, adapter_bytes: int, batch: MicroBatch, way: Way) -> int:
@@ -106,7 +110,8 @@ def _one_norm_bytes(base: Base, way: Way) -> int:
 
 
 def _attention_bytes(base: Base, batch: MicroBatch, way: Way) -> int:
-    """sdpa: queries, keys and values (both for every head), the output, a sum a head, the mask in the layer's type.
+    """sdpa: queries, keys and values (both for every head, unless heads are grouped), the output, a sum a head, and the
+    mask, if there is one, in the layer's type.
 
     eager: queries, keys, values, and for all pairs the fp32 probabilities and their copy in the layer's type.
     """
@@ -114,7 +119,10 @@ def _attention_bytes(base: Base, batch: MicroBatch, way: Way) -> int:
     if way.eager:
         copy_bytes = way.value_bytes % FP32_BYTES  # none under fp32
         return 3 * wide + base.num_heads * batch.num_columns * (FP32_BYTES + copy_bytes)
-    return 4 * wide + FP32_BYTES * base.num_heads + batch.num_columns * way.value_bytes
+    if batch.is_masked:
+        return 4 * wide + FP32_BYTES * base.num_heads + batch.num_columns * way.value_bytes
+    keys = way.value_bytes * base.num_key_value_heads * base.head_dim if way.groups_heads else wide
+    return 2 * (wide + keys) + FP32_BYTES * base.num_heads
 
 
 def _mlp_bytes(base: Base, way: Way) -> int:
@@ -128,15 +136,16 @@ def _mlp_bytes(base: Base, way: Way) -> int:
     return 3 * base.intermediate_size * way.value_bytes
 
 
-def adapter_bytes(base: Base, adapted: Adapted, way: Way) -> list[int]:
+def adapter_bytes(base: Base, adapted: Adapted, way: Way, *, is_masked: bool) -> list[int]:
     """Of each decoder layer and token: A x of each adapted linear layer, and the inputs x that are kept.
 
     With dropout each has its own copy of x and the mask; else x is kept once where several read the same. ZeRO-3's
-    linear layers keep x in any case. The attention's output is kept by sdpa already, but for Phi's, which is copied.
+    linear layers keep x in any case. The attention's output is kept by sdpa already, but for Phi's, which is copied,
+    and for samples that are attended one by one, which are put together.
     In a family that is not known each layer is taken to read a tensor of its own.
     DoRA keeps two results, that of the base and that of LoRA, each to be scaled (peft/tuners/lora/dora.py).
     """
-    is_kept = not _makes_pairs(base, way) and base.family != "phi"
+    is_kept = is_masked and not _makes_pairs(base, way) and base.family != "phi"
     sizes = {
         "norm": base.hidden_size,
         "second norm": base.hidden_size,
@@ -179,8 +188,9 @@ def saved_bytes(base: Base, adapters: Sequence[int], batch: MicroBatch, way: Way
     pair of columns) and the tables of rotary positions.
     """
     size, hidden = way.value_bytes, base.hidden_size
-    fixed = batch.num_tokens * (_one_norm_bytes(base, way) + batch.num_columns + 2 * base.head_dim * size)
-    if way.keeps_linear_inputs:
+    mask_bytes = batch.num_columns if batch.is_masked else 0
+    fixed = batch.num_tokens * (_one_norm_bytes(base, way) + mask_bytes + 2 * base.head_dim * size)
+    if way.keeps_linear_inputs and not batch.is_judged_in_head:
         fixed += batch.num_logit_rows * hidden * size
     if way.gradient_checkpointing:
         return fixed + base.num_layers * batch.num_tokens * hidden * size
@@ -201,11 +211,17 @@ def passing_bytes(base: Base, adapters: Sequence[int], batch: MicroBatch, way: W
 
 
 def logits_bytes(base: Base, batch: MicroBatch, way: Way) -> int:
-    """The logits and what the loss makes of them at its worst (metrics.tokens.loss_and_sums).
+    """The logits and what the loss makes of them at its worst.
 
-    At the positions of trained tokens three fp32 numbers a token of the vocabulary, in the backward pass. Where the
-    head is computed at more positions than those, these logits stand beside them, in fp32 with code of the model's own.
+    Within the head (launch/head.py): those of some positions at a time, and of all of them the hidden states that are
+    picked and their gradient. Outside (metrics.tokens.loss_and_sums): at the positions of trained tokens three fp32
+    numbers a token of the vocabulary, in the backward pass. Where the head is computed at more positions than those,
+    these logits stand beside them, in fp32 with code of the model's own.
     """
+    if batch.is_judged_in_head:
+        at_once = min(batch.num_targets, max(LOGITS_AT_ONCE // base.vocab_size, 1)) * base.vocab_size
+        kept = 2 * batch.num_targets * base.hidden_size * way.value_bytes
+        return at_once * (FP32_BYTES if way.value_bytes == FP32_BYTES else LOGITS_AT_ONCE_BYTES) + kept
     other = FP32_BYTES if base.has_own_code else way.value_bytes
     beside = max(batch.num_logit_rows - batch.num_targets, 0) * other * base.vocab_size
     return batch.num_targets * base.vocab_size * LOGITS_PEAK_BYTES + beside

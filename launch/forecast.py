@@ -76,7 +76,7 @@ def terms_of(case: Case, sharding: Sharding, batch: MicroBatch, *, is_gpu: bool)
         bucket = min(sharding.reduce_bucket_size, model.num_trained)
         sharding = replace(sharding, offload_optimizer=False, offload_param=False, reduce_bucket_size=bucket)
     way = way_of(case, sharding, model.load_in_4bit, checkpointing)
-    adapters = adapter_bytes(case.base, adapted_of(case), way)
+    adapters = adapter_bytes(case.base, adapted_of(case), way, is_masked=case.is_masked)
     terms = fixed_gpu_bytes(case, model, sharding, checkpointing) | {
         "activations": saved_bytes(case.base, adapters, batch, way),
         "logits or backward": max(passing_bytes(case.base, adapters, batch, way), logits_bytes(case.base, batch, way)),

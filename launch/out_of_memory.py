@@ -31,13 +31,15 @@ class Tried:
     """What a rank did."""
 
     where: str  # "in a trial of the largest micro-batches"
-    batch: MicroBatch  # the most tokens and the most trained ones that any of the run has
+    num_tokens: int  # the most that a micro-batch of the run has; of a padded one, cells
+    num_targets: int  # the most trained ones
     longest_tokens: int  # the longest sample of the run, virtual tokens included
 
 
 def sentence(tried: Tried, device: Device, case: Case, sharding: Sharding) -> str:
     """Which term is too large, and what makes it smaller by how much."""
-    terms = terms_of(case, sharding, tried.batch, is_gpu=device.is_gpu)
+    batch = case.sizes(tried.num_tokens, tried.longest_tokens, tried.num_targets)
+    terms = terms_of(case, sharding, batch, is_gpu=device.is_gpu)
     needed = sum(terms.values())
     large = sorted((term for term in terms.items() if term[1] >= needed * _NAMED_SHARE), key=lambda term: -term[1])
     listed = ", ".join(f"{name} {format_bytes(count)}" for name, count in large)
@@ -65,12 +67,11 @@ def sentence_of_start(device: Device) -> str:
 
 
 def _start(tried: Tried, device: Device) -> str:
-    batch = tried.batch
     what = "GPU memory" if device.is_gpu else "memory"
     there = f" of {format_bytes(device.total_bytes)}" if device.is_gpu else ""
     return (
-        f"No {what} was left {tried.where}, of at most {batch.num_tokens:,} tokens and "
-        f"{batch.num_targets:,} trained ones; this rank had {format_bytes(device.own_bytes)}, and "
+        f"No {what} was left {tried.where}, of at most {tried.num_tokens:,} tokens and "
+        f"{tried.num_targets:,} trained ones; this rank had {format_bytes(device.own_bytes)}, and "
         f"{format_bytes(device.free_bytes)}{there} were free"
     )
 
@@ -79,14 +80,14 @@ def _what_fits(tried: Tried, case: Case, sharding: Sharding) -> str:
     """In the order of what it costs: smaller micro-batches, activations made again, another layout, shorter samples."""
     settings = case.recipe.train
     budget = _largest_budget(tried, case, sharding, settings.gradient_checkpointing)
-    if budget >= tried.batch.num_tokens:  # as full a one of samples that are all alike would fit
+    if budget >= tried.num_tokens:  # as full a one of samples that are all alike would fit
         return _less(tried, case.recipe)
     if budget:
         return f"set {_budget(case.recipe, tried, budget)}, the largest that fits by the plan"
     may_checkpoint = not settings.gradient_checkpointing and not isinstance(case.recipe.adapter, PrefixTuningBlock)
     budget = _largest_budget(tried, case, sharding, True) if may_checkpoint else 0
     if budget:
-        also = f" and {_budget(case.recipe, tried, budget)}" if budget < tried.batch.num_tokens else ""
+        also = f" and {_budget(case.recipe, tried, budget)}" if budget < tried.num_tokens else ""
         return f"set train.gradient_checkpointing=true{also}, for no budget fits without"
     chosen = what_plan_chooses(case)
     if chosen is not None:
@@ -103,7 +104,7 @@ def _what_fits(tried: Tried, case: Case, sharding: Sharding) -> str:
 
 def _less(tried: Tried, recipe: Recipe) -> str:
     """The same where the formulas cannot say how much."""
-    budget = int(tried.batch.num_tokens * SAFE_SHARE)
+    budget = int(tried.num_tokens * SAFE_SHARE)
     if budget >= tried.longest_tokens:
         return f"set {_budget(recipe, tried, budget)}, three quarters of it"
     if not recipe.train.gradient_checkpointing and not isinstance(recipe.adapter, PrefixTuningBlock):
@@ -124,20 +125,17 @@ def _largest_budget(tried: Tried, case: Case, sharding: Sharding, gradient_check
     """0 when the longest sample does not fit."""
 
     def fits(tokens: int) -> bool:
-        rows = tokens // tried.longest_tokens
-        cells = tokens if case.packed else rows * tried.longest_tokens
-        targets = math.ceil(cells * case.trained_share)
-        columns, logit_rows = (tokens, targets) if case.packed else (tried.longest_tokens, cells)
-        return _fits(case, sharding, MicroBatch(cells, columns, targets, logit_rows), gradient_checkpointing)
+        cells = tokens if case.packed else tokens // tried.longest_tokens * tried.longest_tokens
+        batch = case.sizes(cells, tried.longest_tokens, math.ceil(cells * case.trained_share))
+        return _fits(case, sharding, batch, gradient_checkpointing)
 
     largest = plan.largest_that_fits(fits, tried.longest_tokens)
-    return min(largest, tried.batch.num_tokens)
+    return min(largest, tried.num_tokens)
 
 
 def _single(case: Case, tokens: int) -> MicroBatch:
     """A sample by itself."""
-    targets = math.ceil(tokens * case.trained_share)
-    return MicroBatch(tokens, tokens, targets, targets if case.packed else tokens)
+    return case.sizes(tokens, tokens, math.ceil(tokens * case.trained_share))
 
 
 def _fits(case: Case, sharding: Sharding, batch: MicroBatch, gradient_checkpointing: bool) -> bool:

@@ -7,14 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
 from launch import batching, runs
 from launch.activations import MicroBatch as Sizes
-from launch.batching import MicroBatch
 from launch.errors import ConfigError, ModelError
 from launch.findings import Finding
 from launch.forecast import Forecast, findings, forecast, hardware_of_run, plan_line, what_plan_chooses
@@ -82,13 +79,6 @@ def case_of_run(
     return Case(recipe, base, hardware, precision, packed, trained_share)
 
 
-def sizes_of(lengths: npt.NDArray[np.int64], most_tokens: MicroBatch, num_targets: int, *, packed: bool) -> Sizes:
-    """Of the largest micro-batches of a run, `lengths` with virtual tokens: its most tokens with its most targets."""
-    longest, count = int(lengths[most_tokens].max()), len(most_tokens)
-    num_tokens = int(lengths[most_tokens].sum()) if packed else longest * count
-    return Sizes(num_tokens, num_tokens if packed else longest, num_targets, num_targets if packed else num_tokens)
-
-
 def peak_memory_bytes() -> int:
     """Of this process: torch's tensors where there is a GPU, resident memory otherwise."""
     if torch.cuda.is_available():
@@ -97,6 +87,7 @@ def peak_memory_bytes() -> int:
 
 
 def _largest(case: Case, samples: Samples) -> Sizes:
+    """Of the whole run: its most tokens with its most trained ones."""
     settings, lengths = case.recipe.train, samples.lengths + case.recipe.adapter.num_virtual_tokens
     most_trained, most_tokens = batching.largest_micro_batches(
         lengths,
@@ -110,7 +101,9 @@ def _largest(case: Case, samples: Samples) -> Sizes:
         num_ranks=dist.get_world_size(),
         padded=not case.packed,
     )
-    return sizes_of(lengths, most_tokens, int(samples.num_trained[most_trained].sum()), packed=case.packed)
+    of_most = lengths[most_tokens]
+    num_tokens = int(of_most.sum() if case.packed else of_most.max() * len(of_most))
+    return case.sizes(num_tokens, int(of_most.max()), int(samples.num_trained[most_trained].sum()))
 
 
 def _resident_bytes() -> int:

@@ -104,11 +104,31 @@ class Case:
 
     def micro_batch(self, budget_tokens: int) -> MicroBatch:
         """The fullest that the budget lets through."""
-        if self.packed:
-            targets = math.ceil(budget_tokens * self.trained_share)
-            return MicroBatch(budget_tokens, budget_tokens, targets, targets)
-        cells = budget_tokens // self.longest_tokens * self.longest_tokens
-        return MicroBatch(cells, self.longest_tokens, math.ceil(cells * self.trained_share), cells)
+        cells = budget_tokens if self.packed else budget_tokens // self.longest_tokens * self.longest_tokens
+        return self.sizes(cells, self.longest_tokens, math.ceil(cells * self.trained_share))
+
+    def sizes(self, num_tokens: int, longest_tokens: int, num_targets: int) -> MicroBatch:
+        """One of so many tokens (cells, where padded), its longest sample's and trained ones, as the model sees it."""
+        return MicroBatch(
+            num_tokens,
+            num_columns=num_tokens if self.packed and self.is_masked else longest_tokens,
+            num_targets=num_targets,
+            num_logit_rows=num_targets if self.packed or self.is_judged_in_head else num_tokens,
+            is_masked=self.is_masked,
+            is_judged_in_head=self.is_judged_in_head,
+        )
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether attention has a mask: packed samples are else attended one by one."""
+        return not self.packed or self.recipe.model.attn_implementation == "eager"
+
+    @property
+    def is_judged_in_head(self) -> bool:
+        """What a run's probe of the head will most likely say: of layers that are not known, that it cannot be."""
+        trained = trained_shapes(self.recipe, self.base)
+        is_trained = any(f".{self.base.head}." in name or "token_adapter" in name for name in trained)
+        return self.base.is_known and self.base.family != "chatglm" and not is_trained
 
 
 # ---- what there is to plan ----
@@ -199,6 +219,7 @@ def way_of(case: Case, sharding: Sharding, load_in_4bit: bool, gradient_checkpoi
         eager=case.recipe.model.attn_implementation == "eager",
         gradient_checkpointing=gradient_checkpointing,
         keeps_linear_inputs=sharding.stage == 3 and not load_in_4bit,
+        groups_heads=case.hardware.gpu.has_bf16,  # as of compute capability 8.0, and CPUs
     )
 
 
@@ -261,7 +282,7 @@ def choose(case: Case, model: Model, layout: str, *, gradient_checkpointing: boo
     sharding = read_sharding(layout)
     way = way_of(case, sharding, model.load_in_4bit, gradient_checkpointing)
     fixed = fixed_gpu_bytes(case, model, sharding, gradient_checkpointing)
-    adapters = adapter_bytes(case.base, adapted_of(case), way)
+    adapters = adapter_bytes(case.base, adapted_of(case), way, is_masked=case.is_masked)
     longest, ranks, gpu_bytes = case.longest_tokens, case.hardware.num_ranks, case.hardware.gpu.memory_bytes
 
     def fits(tokens: int, share: float = 1.0) -> bool:

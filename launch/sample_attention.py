@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -83,14 +84,33 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[1, seq, heads, head_dim] of query, key and value [1, heads, seq, head_dim]."""
+    """[1, seq, heads, head_dim] of query, key and value [1, heads, seq, head_dim]; these may have fewer heads."""
     if attention_mask is None or attention_mask.dtype != torch.int64:
+        given |= {"dropout": dropout, "scaling": scaling}
         whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
         return whole
+    if not groups_heads(query.device):
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     lengths = attention_mask.flatten().tolist()
+    attend = functools.partial(
+        scaled_dot_product_attention,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=True,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     samples = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    given["is_causal"] = True
-    outputs = [sdpa_attention_forward(module, *sample, None, **given)[0] for sample in samples]
-    return torch.cat(outputs, dim=1), None
+    return torch.cat([attend(*sample).transpose(1, 2) for sample in samples], dim=1), None
+
+
+@functools.cache
+def groups_heads(device: torch.device) -> bool:
+    """Whether sdpa has a kernel for fewer heads of keys and values that makes no matrix of all pairs.
+
+    FlashAttention is one, which needs compute capability 8.0 (torch's sdp_utils.cpp); so is that of a CPU.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)

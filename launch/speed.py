@@ -49,7 +49,7 @@ class Seconds:
 def forward_flops(model: Model, batch: MicroBatch) -> tuple[float, float]:
     """(of the decoder layers, of the head) in a forward pass: two operations for each number of a matrix and token.
 
-    Attention: 4 x columns x width for each token and layer (both products; a mask of blocks saves nothing in sdpa).
+    Attention: 4 x columns x width for each token and layer (both products; a causal mask is taken to save nothing).
     """
     base = model.base
     layers = 2.0 * (model.num_matrix_numbers + model.num_lora_numbers) * batch.num_tokens

@@ -23,7 +23,7 @@ from launch.errors import OutOfMemoryError, first_line
 from launch.free_memory import available_bytes
 from launch.job import Job
 from launch.out_of_memory import Device, Tried, sentence, sentence_of_start, sentence_without_plan
-from launch.outlook import case_of_run, sizes_of
+from launch.outlook import case_of_run
 from launch.training_state import restore_scaler, scaler_state
 
 # What DeepSpeed's engine counts, the first two for its own reports.
@@ -160,13 +160,11 @@ def _statm() -> list[str]:
 def _sentence(job: Job, largest: Largest, where: str, device: Device) -> str:
     lengths = job.samples.lengths + job.recipe.adapter.num_virtual_tokens
     num_targets = int(job.samples.num_trained[largest.most_trained].sum())
-    batch = sizes_of(lengths, largest.most_tokens, num_targets, packed=job.packed)
-    tried = Tried(where, batch, int(lengths.max()))
+    most = lengths[largest.most_tokens]
+    tried = Tried(where, int(most.sum() if job.packed else most.max() * len(most)), num_targets, int(lengths.max()))
     try:
-        base_name, share = (
-            str(job.model.peft_config[ADAPTER_NAME].base_model_name_or_path),
-            num_targets / batch.num_tokens,
-        )
+        base_name = str(job.model.peft_config[ADAPTER_NAME].base_model_name_or_path)
+        share = num_targets / tried.num_tokens
         case = case_of_run(job.recipe, base_name, job.identity["precision"], share, packed=job.packed)
         sharding = plan.sharding_of(job.accelerator.state.deepspeed_plugin.deepspeed_config)
         return sentence(tried, device, case, sharding)

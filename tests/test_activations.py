@@ -4,6 +4,7 @@ import functools
 import gc
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch.activations import (
     FP32_BYTES,
+    LOGITS_AT_ONCE,
     Adapted,
     MicroBatch,
     Way,
@@ -25,7 +27,9 @@ from launch.activations import (
     passing_bytes,
     saved_bytes,
 )
+from launch.head import LossHead
 from launch.memory import dora_numbers
+from launch.sample_attention import one_by_one
 from launch.shapes import Base, base_of_config
 from metrics.tokens import loss_and_sums
 
@@ -57,16 +61,17 @@ def tuned(
     return peft_model
 
 
-def forward(model: torch.nn.Module, num_tokens: int, num_targets: int) -> torch.Tensor:
-    """Logits of two packed samples."""
+def forward(model: torch.nn.Module, num_tokens: int, num_targets: int, *, masked: bool = True) -> torch.Tensor:
+    """Logits of two packed samples, attended one by one unless `masked`."""
     half = num_tokens // 2
     positions = torch.cat([torch.arange(half), torch.arange(num_tokens - half)])[None]
     ids, kept = torch.arange(num_tokens)[None] % 100, torch.arange(num_targets)
-    logits: torch.Tensor = model(input_ids=ids, position_ids=positions, logits_to_keep=kept, use_cache=False).logits
+    with nullcontext() if masked else one_by_one([half, num_tokens - half]):
+        logits: torch.Tensor = model(input_ids=ids, position_ids=positions, logits_to_keep=kept, use_cache=False).logits
     return logits
 
 
-def kept_by_autograd(model: torch.nn.Module, num_tokens: int) -> int:
+def kept_by_autograd(model: torch.nn.Module, num_tokens: int, *, masked: bool = True) -> int:
     """Bytes of the tensors that a forward pass leaves for the backward pass, each storage once, no parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}
@@ -80,7 +85,7 @@ def kept_by_autograd(model: torch.nn.Module, num_tokens: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward(model, num_tokens, 1)
+        forward(model, num_tokens, 1, masked=masked)
     return sum(storages.values())
 
 
@@ -89,8 +94,13 @@ def terms(config: dict[str, Any], dropout: float) -> tuple[Base, Adapted]:
     return base, Adapted({path: (inputs, 4) for path, (inputs, _) in base.linear_layers.items()}, dropout)
 
 
-ALL = list(itertools.product(FAMILIES, [False, True], [0.0, 0.1], ["sdpa", "eager"]))
-FAST = {("qwen2", True, 0.1, "sdpa"), ("qwen2", False, 0.0, "eager"), ("phi", True, 0.1, "sdpa")}
+ALL = list(itertools.product(FAMILIES, [False, True], [0.0, 0.1], ["sdpa", "one by one", "eager"]))
+FAST = {
+    ("qwen2", True, 0.1, "sdpa"),
+    ("qwen2", False, 0.0, "eager"),
+    ("phi", True, 0.1, "sdpa"),
+    ("qwen2", True, 0.1, "one by one"),
+}
 CASES = [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in ALL]
 
 
@@ -101,13 +111,16 @@ def test_a_layer_keeps_what_autograd_keeps(
     """To the byte: what a model of four layers keeps more than one of two. Under ZeRO-3 DeepSpeed's linear layers."""
     if is_zero3:
         monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
-    kept = []
+    kept, masked = [], attention != "one by one"
     for num_layers in (2, 4):
         config = config_of(family, num_hidden_layers=num_layers)
-        kept.append(kept_by_autograd(tuned(config, dropout=dropout, attention=attention, recomputed=False), 50))
+        name = attention if masked else "sdpa"
+        model = tuned(config, dropout=dropout, attention=name, recomputed=False)
+        kept.append(kept_by_autograd(model, 50, masked=masked))
     base, adapted = terms(config, dropout)
     way = Way(2, 2, attention == "eager", False, is_zero3)  # on a CPU a dropout's mask is of the values' type
-    layer = layer_saved_bytes(base, adapter_bytes(base, adapted, way)[-1], MicroBatch(50, 50, 1, 1), way)
+    batch = MicroBatch(50, 50 if masked else 25, 1, 1, is_masked=masked)
+    layer = layer_saved_bytes(base, adapter_bytes(base, adapted, way, is_masked=masked)[-1], batch, way)
     assert (kept[1] - kept[0]) / 2 == layer
 
 
@@ -126,11 +139,11 @@ def test_dora_keeps_two_results_of_each_layer(dropout: float) -> None:
         kept[num_layers, num_tokens] = kept_by_autograd(model, num_tokens)
     base, adapted = terms(config_of("qwen2", num_hidden_layers=4), dropout)
     way, dora = Way(2, 2, True, False, False), replace(adapted, use_dora=True)
-    adapters = adapter_bytes(base, dora, way)
+    adapters = adapter_bytes(base, dora, way, is_masked=True)
     layer = [layer_saved_bytes(base, adapters[-1], MicroBatch(count, count, 1, 1), way) for count in (20, 50)]
     more = [(kept[4, count] - kept[2, count]) // 2 for count in (20, 50)]
     assert more[1] - more[0] == layer[1] - layer[0]
-    plain = adapter_bytes(base, adapted, way)
+    plain = adapter_bytes(base, adapted, way, is_masked=True)
     outputs = sum(outputs for path, (_, outputs) in base.linear_layers.items() if path.startswith("model.layers.0."))
     assert adapters[0] - plain[0] == 2 * outputs * 2
 
@@ -168,7 +181,9 @@ def test_code_of_their_own_keeps_what_was_counted() -> None:
         for dropout, bytes_of_a_token in ((0.0, plain), (0.1, dropped)):
             base, adapted = terms(sizes | config, dropout)
             way = Way(2, 2, False, False, False)
-            layer = layer_saved_bytes(base, adapter_bytes(base, adapted, way)[-1], MicroBatch(160, 80, 1, 1), way)
+            layer = layer_saved_bytes(
+                base, adapter_bytes(base, adapted, way, is_masked=True)[-1], MicroBatch(160, 80, 1, 1), way
+            )
             assert 0 <= layer / 160 - bytes_of_a_token <= FP32_BYTES * (base.num_heads + base.head_dim + 6)
 
 
@@ -201,8 +216,11 @@ def peak_bytes(work: Callable[[], object]) -> int:
         ("qwen2", {}, 8, "sdpa", True),
         ("qwen2", {}, 8, "sdpa", False),
         ("qwen2", {}, 8, "eager", True),
+        ("qwen2", {}, 8, "one by one", True),
+        ("llama", {}, 8, "one by one", False),
         ("phi", {}, 8, "sdpa", True),
         ("qwen2", {"vocab_size": 8000}, 256, "sdpa", True),  # the logits are largest
+        ("qwen2", {"vocab_size": 152_000}, 256, "one by one", True),
         ("phi", {"vocab_size": 2000}, 256, "sdpa", False),
     ],
 )
@@ -212,20 +230,28 @@ def test_the_peak_of_a_micro_batch_is_within_a_fifth(
     """Never more than predicted."""
     wide = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 512}
     config = config_of(family, **wide | sizes)
-    model = tuned(config, dropout=0.1, attention=attention, recomputed=recomputed)
+    as_in_runs = attention == "one by one"  # and the loss within the head
+    model = tuned(config, dropout=0.1, attention="sdpa" if as_in_runs else attention, recomputed=recomputed)
+    targets = torch.arange(num_targets) % 100
+    head = LossHead(model.get_base_model().get_output_embeddings(), LOGITS_AT_ONCE // config["vocab_size"])
 
     def work() -> None:
-        logits = forward(model, 256, num_targets)[0]
-        loss = loss_and_sums(logits, torch.arange(num_targets) % 100)[0]
-        del logits  # as in launch.packing, which returns
+        if as_in_runs:
+            with head.judges(torch.zeros_like(targets), torch.arange(num_targets), targets):
+                loss = forward(model, 256, num_targets, masked=False)[0, :, 0].sum()
+        else:
+            logits = forward(model, 256, num_targets)[0]
+            loss = loss_and_sums(logits, targets)[0]
+            del logits  # as in launch.packing, which returns
         loss.backward()
         model.zero_grad()
 
     work()  # what is made once
     measured = peak_bytes(functools.partial(work))
     base, adapted = terms(config, 0.1)
-    way, batch = Way(2, 2, attention == "eager", recomputed, False), MicroBatch(256, 256, num_targets, num_targets)
-    adapters = adapter_bytes(base, adapted, way)
+    way = Way(2, 2, attention == "eager", recomputed, False)
+    batch = MicroBatch(256, 256, num_targets, num_targets, is_masked=not as_in_runs, is_judged_in_head=as_in_runs)
+    adapters = adapter_bytes(base, adapted, way, is_masked=not as_in_runs)
     largest = max(passing_bytes(base, adapters, batch, way), logits_bytes(base, batch, way))
     predicted = saved_bytes(base, adapters, batch, way) + largest
     assert 0.98 * measured <= predicted <= 1.2 * measured

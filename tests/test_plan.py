@@ -148,10 +148,10 @@ def test_the_budget_that_fits_fits_and_one_token_more_does_not() -> None:
     assert chosen.largest_budget_tokens >= chosen.budget_tokens
     assert chosen.budget_tokens % case.longest_tokens == 0
     longer = case_of_14b(
-        hardware(), f"data.max_length={chosen.largest_budget_tokens}", "train.max_tokens_per_micro_batch=20000"
+        hardware(), f"data.max_length={chosen.largest_budget_tokens}", "train.max_tokens_per_micro_batch=30000"
     )
     too_long = case_of_14b(
-        hardware(), f"data.max_length={chosen.largest_budget_tokens + 1}", "train.max_tokens_per_micro_batch=20000"
+        hardware(), f"data.max_length={chosen.largest_budget_tokens + 1}", "train.max_tokens_per_micro_batch=30000"
     )
     alike = (chosen.layout, chosen.gradient_checkpointing, chosen.load_in_4bit)
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,13 +15,24 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from launch import engine as engines
 from launch import memory
-from launch.activations import Adapted, MicroBatch, Way, adapter_bytes, logits_bytes, passing_bytes, saved_bytes
+from launch.activations import (
+    LOGITS_AT_ONCE,
+    Adapted,
+    MicroBatch,
+    Way,
+    adapter_bytes,
+    logits_bytes,
+    passing_bytes,
+    saved_bytes,
+)
 from launch.config import load_recipe
+from launch.head import LossHead, find_head
 from launch.memory import Model
+from launch.packing import batch_loss, collate, forward_arguments
 from launch.plan import sharding_of
+from launch.samples import Samples
 from launch.shapes import base_of_config, read_config
 from launch.trained_shapes import adapted_layers, trained_shapes
-from metrics.tokens import loss_and_sums
 
 pytestmark = pytest.mark.slow
 NUM_TOKENS, NUM_TARGETS = 512, 64
@@ -35,17 +47,19 @@ SMALL_3 = {
 
 
 def peak_of_a_micro_batch(recipe_path: str) -> int:
-    """That of a micro-batch in the third step, when DeepSpeed knows the order of the modules."""
+    """That of a micro-batch of two samples in the third step, when DeepSpeed knows the order of the modules."""
     recipe = load_recipe(Path(recipe_path))
     engine = engine_of(recipe, "bf16")
-    ids, targets = torch.arange(NUM_TOKENS)[None] % 100, torch.arange(NUM_TARGETS) % 100
-    positions = torch.arange(NUM_TOKENS // 2).repeat(2)[None]
+    base = engine.module.get_base_model()
+    accepts, head = forward_arguments(base), find_head(base)[0]
+    assert head is not None
+    is_trained = np.arange(NUM_TOKENS) % (NUM_TOKENS // NUM_TARGETS) == 1
+    lengths = np.full(2, NUM_TOKENS // 2)
+    samples = Samples(np.arange(NUM_TOKENS, dtype=np.int32) % 100, is_trained, lengths * (0, 1), lengths, lengths)
+    batch = collate(samples, [0, 1], engine.device, packed=True)
 
     def micro_batch(is_last: bool) -> None:
-        kept = torch.arange(NUM_TARGETS)
-        logits = engine(input_ids=ids, position_ids=positions, logits_to_keep=kept, use_cache=False).logits[0]
-        loss = loss_and_sums(logits, targets)[0]
-        del logits  # as in launch.packing, which returns
+        loss, _ = batch_loss(engine, batch, accepts=accepts, head=LossHead(head, LOGITS_AT_ONCE // 2000))
         engines.backward(engine, loss, is_last=is_last)
 
     for _ in range(2):
@@ -88,7 +102,8 @@ def test_a_micro_batch_takes_at_most_what_was_planned(stage: int, gradient_check
     model = Model(base, trained, (tuple(trained),), 2, False, False)
     adapted = Adapted({path: (inputs, 4) for path, (inputs, _, _) in adapted_layers(recipe.adapter, base).items()}, 0.1)
     way = Way(2, 2, False, gradient_checkpointing, stage == 3)
-    batch, adapters = MicroBatch(NUM_TOKENS, NUM_TOKENS, NUM_TARGETS, NUM_TARGETS), adapter_bytes(base, adapted, way)
+    batch = MicroBatch(NUM_TOKENS, NUM_TOKENS // 2, NUM_TARGETS, NUM_TARGETS, is_masked=False, is_judged_in_head=True)
+    adapters = adapter_bytes(base, adapted, way, is_masked=False)
     predicted = saved_bytes(base, adapters, batch, way)
     predicted += max(passing_bytes(base, adapters, batch, way), logits_bytes(base, batch, way))
     predicted += memory.gathered_bytes(model, sharding, gradient_checkpointing=gradient_checkpointing)

@@ -1,5 +1,6 @@
 """The largest micro-batches of a run: which they are, and that a run which has tried them is none the other for it."""
 
+import ctypes
 import json
 import math
 import os
@@ -179,14 +180,15 @@ def long_rows(world: World) -> Path:
 
 
 def trained_in_little(limited_rank: int, place: str, arguments: list[str]) -> int:
-    """train.py's main; from then on this rank gets no more than 40 MB of addresses than it has."""
+    """train.py's main; from then on this rank gets no more than 8 MB of addresses than it has."""
     module = worst_case if hasattr(worst_case, place) else train
     real = getattr(module, place)
 
     def limited(*given: Any) -> Any:
         if os.environ["RANK"] == str(limited_rank):
+            ctypes.CDLL(None).malloc_trim(0)  # what a trial has left would do for a step
             size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            resource.setrlimit(resource.RLIMIT_AS, (size + 40_000_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_AS, (size + 8_000_000, resource.RLIM_INFINITY))
         return real(*given)
 
     setattr(module, place, limited)

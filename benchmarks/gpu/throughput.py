@@ -77,7 +77,7 @@ class Planned:
         case, sharding = self.case, plan.read_sharding(self.layout)
         way = plan.way_of(case, sharding, False, self.gradient_checkpointing)
         fixed = plan.fixed_gpu_bytes(case, case.model(False), sharding, self.gradient_checkpointing)
-        adapters = adapter_bytes(case.base, plan.adapted_of(case), way)
+        adapters = adapter_bytes(case.base, plan.adapted_of(case), way, is_masked=case.is_masked)
         return fixed | plan.micro_batch_bytes(case, adapters, way, self.budget_tokens)
 
 
