@@ -3,6 +3,7 @@
 PYTHON ?= python3
 RECIPE ?=
 ARGS ?=
+TRL_PYTHON ?=
 
 # The torch to install: the pin in requirements.txt, or the one chosen earlier with TORCH=... (`make clean` forgets it).
 TORCH ?= $(shell cat .venv/chosen-torch 2>/dev/null || grep '^torch==' requirements.txt)
@@ -12,12 +13,17 @@ TORCH := $(TORCH)
 RUN_STAMP := .venv/run-$(shell { pwd; echo '$(TORCH)'; cat requirements.txt; } | sha256sum | cut -c1-16)
 TEST_STAMP := $(RUN_STAMP)-test-$(shell sha256sum < requirements-dev.txt | cut -c1-16)
 
+# TRL is measured in an environment of its own, whose other versions are those of requirements.txt.
+TRL := $(shell grep -om1 'trl==[0-9.]*[0-9]' benchmarks/README.md)
+TRL_STAMP := .venv-trl/$(TRL)-$(notdir $(RUN_STAMP))
+
 # After SIGTERM torch's launcher kills its ranks so many seconds later; a step and a save may take longer than its 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PIP_INSTALL := .venv/bin/python -m pip install -q --disable-pip-version-check
+TRL_PIP_INSTALL := $(PIP_INSTALL:.venv/%=.venv-trl/%)
 
-.PHONY: help run test test-fast lint clean
+.PHONY: help run test test-fast lint bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,8 +43,11 @@ lint: $(TEST_STAMP)  ## ruff and mypy
 	ruff format --check --output-format concise .
 	mypy
 
-clean:  ## remove .venv and caches; runs/ stays
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+bench: $(RUN_STAMP) $(if $(TRL_PYTHON),,$(TRL_STAMP))  ## every benchmark: tables, benchmarks/results/, docs/performance.md; ARGS="--only start" for some
+	python benchmarks/bench.py --trl-python $(or $(TRL_PYTHON),.venv-trl/bin/python) $(ARGS)
+
+clean:  ## remove .venv, .venv-trl and caches; runs/ stays
+	rm -rf .venv .venv-trl .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find launch metrics tests configs -name __pycache__ -prune -exec rm -rf {} +
 
 # From an empty .venv each time: over an installed torch, pip would take the same version for another CUDA as satisfied.
@@ -56,4 +65,13 @@ $(RUN_STAMP):
 $(TEST_STAMP): | $(RUN_STAMP)
 	@echo "Installing requirements-dev.txt into .venv, once."
 	@$(PIP_INSTALL) -r requirements-dev.txt
+	@touch $@
+
+$(TRL_STAMP): export CHOSEN_TORCH := $(TORCH)
+$(TRL_STAMP):
+	@echo "Installing $(TRL) and what it needs into .venv-trl, once, for the benchmarks."
+	@$(PYTHON) -m venv --clear .venv-trl
+	@$(TRL_PIP_INSTALL) $$CHOSEN_TORCH
+	@grep -E '^(transformers|tokenizers|datasets|numpy|pyarrow|jinja2|accelerate|peft)==' requirements.txt \
+	    | $(TRL_PIP_INSTALL) $(TRL) -r /dev/stdin
 	@touch $@
