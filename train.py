@@ -5,17 +5,21 @@
 The same command again continues where the run stopped.
 """
 
+import sys
+
 from launch import preemption
 
 if __name__ == "__main__":
     preemption.end_with_parent()  # before the imports, which take seconds: a launcher may be killed in them, too
+    from launch.imports import leave_out_bitsandbytes
+
+    leave_out_bitsandbytes(sys.argv[1:])
 
 import functools
 import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -31,8 +31,9 @@ from launch import engine as engines
 from launch.adapter import add_adapter
 from launch.deadline import Deadline
 from launch.job import Job, evaluate
-from launch.packing import collate, forward_arguments
+from launch.packing import collate, forward_arguments, probe
 from launch.recipe import Recipe
+from launch.sample_attention import one_by_one
 from launch.samples import Samples
 from launch.watchdog import Watchdog
 
@@ -87,9 +88,9 @@ def recipe_of(options: Options, work: Path) -> Recipe:
 
 def job_of(options: Options, work: Path) -> Job:
     """As train.py makes it, on one rank that holds the whole model."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_DEEPSPEED": "true"}
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ROOT / "configs/deepspeed/zero2_no_offload.json")
@@ -102,8 +103,21 @@ def job_of(options: Options, work: Path) -> Job:
     watchdog = Watchdog(1e6, work / "stacks.txt", print)
     held_out = samples_of(options, options["samples"])
     none: Any = None  # the tokenizer, which no evaluation asks
+    probed = probe("auto", 0, engine, model.get_base_model(), held_out, accelerator.device)
     return Job(
-        recipe, accelerator, engine, model, none, held_out, held_out, True, accepts, {}, watchdog, Deadline(None)
+        recipe,
+        accelerator,
+        engine,
+        model,
+        none,
+        held_out,
+        held_out,
+        packed=probed.packed,
+        accepts=accepts,
+        head=probed.head,
+        identity={},
+        watchdog=watchdog,
+        deadline=Deadline(None),
     )
 
 
@@ -123,7 +137,7 @@ def cairn(options: Options, work: Path) -> Evaluation:
 
 
 def loss_only(options: Options, work: Path) -> Evaluation:
-    """The same micro-batches, of which nothing but the cross-entropy is computed."""
+    """The same micro-batches, of whose whole logits nothing but the cross-entropy is computed."""
     job = job_of(options, work)
 
     @torch.no_grad()
@@ -132,12 +146,13 @@ def loss_only(options: Options, work: Path) -> Evaluation:
         loss_sum = 0.0
         for ids in job.micro_batches(job.held_out, range(len(job.held_out))):
             batch = collate(job.held_out, ids, job.accelerator.device, packed=True)
-            logits = job.engine(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=batch.column_index,
-            ).logits[0]
+            with one_by_one(batch.lengths):
+                logits = job.engine(
+                    input_ids=batch.input_ids,
+                    position_ids=batch.position_ids,
+                    use_cache=False,
+                    logits_to_keep=batch.column_index,
+                ).logits[0]
             loss_sum += functional.cross_entropy(logits, batch.targets, reduction="sum").item()
         return {"loss_sum": loss_sum}
 

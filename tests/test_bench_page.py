@@ -43,11 +43,11 @@ def test_the_page_is_that_of_the_newest_result() -> None:
 def test_what_was_not_measured_is_said() -> None:
     """A result of one section is a page; figures that it does not hold are not in it."""
     text = bench.page(a_result(start=START))
-    assert "| **command to first step** | 16.00 | 14.00 - 18.00 | less than 15 s: **not met** |" in text
-    assert "| launcher | 2.50 | 2.50 - 2.50 | |" in text
+    assert "| command to first step | 16.00 | 14.00 - 18.00 | less than 15 s: **not met** |" in text
+    assert "Its parts, medians in seconds: launcher 2.50, imports 13.50." in text
     assert "**Left out**: training, evaluation, prepare_rows, checkpoint, merge, scaling." in text
     assert "**TRL was not measured**" in text
-    assert ".venv/bin/python benchmarks/start.py\n" in text
+    assert "`.venv/bin/python benchmarks/start.py`" in text
     assert "## Merging" not in text
 
 

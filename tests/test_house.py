@@ -20,7 +20,7 @@ LAYERS = (
     "launch.recipe launch.findings",
     "launch.same_run",
     "launch.config launch.lock launch.preemption launch.watchdog launch.deadline launch.samples",
-    "launch.runs launch.hub launch.remote_code launch.free_memory launch.shapes launch.layout_files",
+    "launch.runs launch.imports launch.hub launch.remote_code launch.free_memory launch.shapes launch.layout_files",
     "launch.trackers launch.status launch.trained_shapes launch.hardware launch.memory launch.activations",
     "launch.status_lines launch.model_files",
     "launch.split launch.fingerprint launch.preflight launch.slurm launch.rows launch.templates launch.selftest",
