@@ -137,7 +137,7 @@ def probe(
     if not reason:
         packing = f"packed: packed samples do not see each other (logits change by {leak:.1g}, allowed {tolerance:g})"
     if head_of_loss is not None:
-        logits = f"of {head_of_loss.positions_at_once:,} positions at a time, within the output head"
+        logits = f"of at most {head_of_loss.positions_at_once:,} positions at a time, within the output head"
     else:
         logits = f"of a whole micro-batch: {without_head or f'{type(base).__name__} changes what its head returns'}"
     return Probed(not reason, packing, head_of_loss, logits)

@@ -5,6 +5,7 @@ functions. Those of the name sdpa are taken: outside of `one_by_one` they are tr
 """
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -57,6 +58,7 @@ def _mask(
     lengths = _packed.get()
     if (
         len(lengths) > 1
+        and _hands_masks_on(type(given.get("config")))
         and batch_size == 1
         and q_length == kv_length == sum(lengths)
         and attention_mask is None
@@ -76,6 +78,13 @@ def _mask(
         **given,
     )
     return mask
+
+
+@functools.cache
+def _hands_masks_on(config_class: type) -> bool:
+    """Whether the model's layers ask for an attention function by name; others would compute with the lengths."""
+    code = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in vars(code)
 
 
 def _attention(
