@@ -28,8 +28,8 @@ from launch.training_state import restore_scaler, scaler_state
 
 # What DeepSpeed's engine counts, the first two for its own reports.
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-# Of an error that is none of torch.OutOfMemoryError: torch's allocator for a CPU, cuBLAS, NCCL.
-_WORDS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
+# Of an error that is none of torch.OutOfMemoryError: torch's allocator for a CPU, a thread's stack, cuBLAS, NCCL.
+_WORDS = ("can't allocate memory", "can't start new thread", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
 
 @dataclass(frozen=True)
