@@ -27,11 +27,10 @@ from launch.table import format_bytes
 
 COMMANDS = {  # section of the page: what measures it
     "training": (
-        "training.py --vocab 48000 --ranks 1 2 --repeats 3",
-        "training.py --vocab 8000 --ranks 1 --repeats 2",
-        "training.py --vocab 152000 --ranks 1 --repeats 2",
+        "training.py --vocab 48000 --ranks 1 2",
+        "training.py --vocab 8000 152000 --ranks 1 --sides cairn transformers 'TRL, padding-free' 'TRL, packed'",
     ),
-    "evaluation": ("evaluation.py --samples 64",),
+    "evaluation": ("evaluation.py",),
     "prepare_rows": ("prepare_rows.py",),
     "start": ("start.py",),
     "checkpoint": ("checkpoint.py",),
