@@ -13,7 +13,7 @@ from launch.shapes import LLAMA_LIKE, Base
 FP32_BYTES = 4
 LOGITS_AT_ONCE = 1 << 25  # that a head makes for the loss (launch/head.py)
 LOGITS_PEAK_BYTES = 3 * FP32_BYTES  # log-probabilities, their gradient and that of the logits, all in fp32
-LOGITS_AT_ONCE_BYTES = 10  # within the head, in 16 bits: logits, the same in fp32, log-probabilities in fp32
+LOGITS_AT_ONCE_BYTES = 10  # of each: logits in 16 bits, the same in fp32, log-probabilities in fp32; in fp32 fewer
 
 
 class OwnLayer(NamedTuple):
@@ -221,7 +221,7 @@ def logits_bytes(base: Base, batch: MicroBatch, way: Way) -> int:
     if batch.is_judged_in_head:
         at_once = min(batch.num_targets, max(LOGITS_AT_ONCE // base.vocab_size, 1)) * base.vocab_size
         kept = 2 * batch.num_targets * base.hidden_size * way.value_bytes
-        return at_once * (FP32_BYTES if way.value_bytes == FP32_BYTES else LOGITS_AT_ONCE_BYTES) + kept
+        return at_once * LOGITS_AT_ONCE_BYTES + kept
     other = FP32_BYTES if base.has_own_code else way.value_bytes
     beside = max(batch.num_logit_rows - batch.num_targets, 0) * other * base.vocab_size
     return batch.num_targets * base.vocab_size * LOGITS_PEAK_BYTES + beside

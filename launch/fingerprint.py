@@ -2,11 +2,11 @@
 
 import ast
 import hashlib
-import importlib.util
 import json
 import platform
 from collections.abc import Iterator
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -170,5 +170,8 @@ def digest_of(value: object) -> str:
 
 def versions() -> dict[str, str]:
     """Of what the numbers depend on."""
-    found = [library for library in LIBRARIES if importlib.util.find_spec(library)]  # bitsandbytes may be left out
-    return {"python": platform.python_version(), **{library: version(library) for library in found}}
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        with suppress(PackageNotFoundError):  # bitsandbytes need not be installed
+            found[library] = version(library)
+    return found

@@ -2,17 +2,18 @@
 
 While a micro-batch is judged, the model's own head returns two numbers for a position instead of its logits, and the
 model hands them on. Forward and backward are computed together, chunk by chunk, in one call of the head: under ZeRO-3
-its weights are gathered once, however many chunks a rank has.
+its weights are gathered for that call, however many chunks a rank has.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from launch.activations import LOGITS_AT_ONCE
+from launch.errors import ModelError
 
 # Of gradients in fp16, whose smallest number is 6e-8: the loss scale comes only later. A power of two changes no digit.
 _FP16_SCALE = 1024.0
@@ -26,13 +27,21 @@ class LossHead:
     positions_at_once: int
 
     @contextmanager
-    def judges(self, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor) -> Iterator[None]:
+    def judges(
+        self, rows: torch.Tensor, columns: torch.Tensor, targets: torch.Tensor, num_columns: int
+    ) -> Iterator[None]:
         """Inside, the head returns [batch, columns, 2] (fp32): negative log-likelihood, and 1 for a right prediction.
 
-        Of the cells at `rows` and `columns`, both [positions], whose tokens are `targets`; zeros elsewhere.
+        Of the cells at `rows` and `columns`, both [positions], whose tokens are `targets`; zeros elsewhere. Raises
+        ModelError when the head is given another number of columns.
         """
 
         def judge(hidden: torch.Tensor) -> torch.Tensor:  # [batch, columns, hidden]
+            if hidden.shape[1] != num_columns:
+                raise ModelError(
+                    f"The model computes its output head at {hidden.shape[1]} positions where {num_columns} are asked "
+                    "for by logits_to_keep; take that argument out of its forward, or apply it before the head."
+                )
             judged: Callable[..., torch.Tensor] = _Judgement.apply
             found = judged(hidden[rows, columns], targets, logits_of, self.positions_at_once)
             cells = torch.zeros(*hidden.shape[:-1], 2, device=hidden.device)
@@ -49,32 +58,44 @@ def find_head(base: torch.nn.Module) -> tuple[torch.nn.Module | None, str]:
     head = ask() if ask is not None else None
     if not isinstance(head, torch.nn.Module):
         return None, f"{type(base).__name__} does not say which module is its output head"
-    if next(head.children(), None) is not None or any(parameter.requires_grad for parameter in head.parameters()):
+    if any(parameter.requires_grad for parameter in head.parameters()):
         return None, "the output head is trained"
+    if next(head.children(), None) is not None:  # under ZeRO-3 each would be gathered once a chunk
+        return None, "the output head is made of other modules"
     return head, ""
 
 
+class Seen(NamedTuple):
+    """What a head returned."""
+
+    logits: torch.Tensor  # fp32
+    version: int  # which another one shows that it was changed in place since
+
+
 @contextmanager
-def observed(head: torch.nn.Module, seen: list[torch.Tensor]) -> Iterator[None]:
+def observed(head: torch.nn.Module, seen: list[Seen]) -> Iterator[None]:
     """Inside, the head's logits are fp32, and those of each call are put into `seen`."""
 
     def observe(hidden: torch.Tensor) -> torch.Tensor:
-        seen.append(logits_of(hidden).float())
-        return seen[-1]
+        logits: torch.Tensor = logits_of(hidden).float()
+        seen.append(Seen(logits, logits._version))
+        return logits
 
     logits_of = head.forward
     with _instead(head, observe):
         yield
 
 
-def loss_head(head: torch.nn.Module, seen: list[torch.Tensor], logits: torch.Tensor) -> LossHead | None:
+def loss_head(head: torch.nn.Module, seen: list[Seen], logits: torch.Tensor) -> LossHead | None:
     """None where the `logits` of a model are not what its head was `observed` to return.
 
     Then the model scales or cuts them, or has them in another order, and would do so with what takes their place.
     """
-    if len(seen) != 1 or seen[0].shape != logits.shape or seen[0].data_ptr() != logits.data_ptr():
+    if len(seen) != 1:
         return None
-    return LossHead(head, max(LOGITS_AT_ONCE // logits.shape[-1], 1))
+    (given, version), *_ = seen
+    is_same = given.shape == logits.shape and given.data_ptr() == logits.data_ptr() and logits._version == version
+    return LossHead(head, max(LOGITS_AT_ONCE // logits.shape[-1], 1)) if is_same else None
 
 
 @contextmanager
@@ -117,8 +138,8 @@ class _Judgement(torch.autograd.Function):
                 logits = logits_of(given)  # [chunk, vocab]
             values = logits.detach()
             found[part, 1:] = values.argmax(dim=-1, keepdim=True) == wanted
-            # In place where the head gives fp32: a new tensor of that size costs more than the arithmetic.
-            out = values if values.dtype == torch.float32 else None
+            # In place where that has been tried: on a CPU a new tensor of that size costs more than the arithmetic.
+            out = values if values.dtype == torch.float32 and values.device.type == "cpu" else None
             values = torch.log_softmax(values, dim=-1, dtype=torch.float32, out=out)
             found[part, :1] = -values.gather(1, wanted)
             if gradient is not None:

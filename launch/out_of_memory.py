@@ -34,11 +34,12 @@ class Tried:
     num_tokens: int  # the most that a micro-batch of the run has; of a padded one, cells
     num_targets: int  # the most trained ones
     longest_tokens: int  # the longest sample of the run, virtual tokens included
+    longest_of_batch_tokens: int  # that of the micro-batch with the most tokens
 
 
 def sentence(tried: Tried, device: Device, case: Case, sharding: Sharding) -> str:
     """Which term is too large, and what makes it smaller by how much."""
-    batch = case.sizes(tried.num_tokens, tried.longest_tokens, tried.num_targets)
+    batch = case.sizes(tried.num_tokens, tried.longest_of_batch_tokens, tried.num_targets)
     terms = terms_of(case, sharding, batch, is_gpu=device.is_gpu)
     needed = sum(terms.values())
     large = sorted((term for term in terms.items() if term[1] >= needed * _NAMED_SHARE), key=lambda term: -term[1])

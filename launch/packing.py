@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from launch.errors import ModelError, first_line
-from launch.head import LossHead, find_head, loss_head, observed
+from launch.head import LossHead, Seen, find_head, loss_head, observed
 from launch.sample_attention import one_by_one
 from launch.samples import Samples
 from metrics.tokens import loss_and_sums, sums_of_judged
@@ -19,6 +19,10 @@ from metrics.tokens import loss_and_sums, sums_of_judged
 # Largest difference, relative to the largest logit, between a sample packed behind another and the same sample
 # alone. Rounding stays below; a leak changes logits by tenths.
 LEAK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
+
+
+# Of errors of layers that compute with what they are given in place of a mask.
+_WITH_A_MASK = ("size of tensor", "size of the tensor", "attn_mask", "masked_fill")
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def _tried(
     """
     first, second = (samples.sample(index % len(samples))[0][:longest] for index in (0, 1))
     cache = {"use_cache": False} if "use_cache" in accepts else {}
-    seen: list[torch.Tensor] = []
+    seen: list[Seen] = []
     with observed(head, seen) if head is not None else nullcontext():
         alone = _logits_of(model(input_ids=torch.from_numpy(second).to(device)[None], **cache))
     head_of_loss = loss_head(head, seen, alone) if head is not None else None
@@ -189,7 +193,7 @@ def _tried(
         with one_by_one((len(first), len(second))):
             output = model(input_ids=together, position_ids=positions[None], logits_to_keep=columns, **cache)
     except RuntimeError as error:
-        if "size of tensor" not in str(error):
+        if not any(words in str(error) for words in _WITH_A_MASK):
             raise
         # Its layers compute with the mask, which here says how long the samples are.
         raise ModelError(f"This model takes no packed rows ({first_line(error)}); set train.packing=off.") from error
@@ -215,14 +219,17 @@ def of_targets(
         rows = columns = targets = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
     given = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     arguments = {name: value for name, value in given.items() if value is not None and name in accepts}
-    is_packed = batch.position_ids is not None
-    if is_packed:
-        arguments["logits_to_keep"], columns = columns, torch.arange(len(columns), device=columns.device)
-    elif "logits_to_keep" in accepts:
-        arguments["logits_to_keep"], columns = torch.unique(columns, return_inverse=True)
+    is_packed, num_columns = batch.position_ids is not None, batch.input_ids.shape[1] + virtual_columns
+    if is_packed or "logits_to_keep" in accepts:
+        kept = columns
+        if is_packed:
+            columns = torch.arange(len(kept), device=kept.device)
+        else:
+            kept, columns = torch.unique(columns, return_inverse=True)
+        arguments["logits_to_keep"], num_columns = kept, len(kept)
     with (
         one_by_one(batch.lengths) if is_packed else nullcontext(),
-        head.judges(rows, columns, targets) if head is not None else nullcontext(),
+        head.judges(rows, columns, targets, num_columns) if head is not None else nullcontext(),
     ):
         found = _logits_of(model(input_ids=batch.input_ids, **arguments))  # [batch, columns, vocab or 2]
     return found.squeeze(0) if is_packed else found[rows, columns]  # [0] would copy all of the gradient

@@ -219,7 +219,7 @@ def way_of(case: Case, sharding: Sharding, load_in_4bit: bool, gradient_checkpoi
         eager=case.recipe.model.attn_implementation == "eager",
         gradient_checkpointing=gradient_checkpointing,
         keeps_linear_inputs=sharding.stage == 3 and not load_in_4bit,
-        groups_heads=case.hardware.gpu.has_bf16,  # as of compute capability 8.0, and CPUs
+        groups_heads=case.hardware.gpu.has_bf16 and case.value_bytes == 2,  # FlashAttention: sample_attention.py
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import and_masks, packed_sequence_mask_function, sdpa_mask
 
 _packed: ContextVar[tuple[int, ...]] = ContextVar("lengths of the packed samples", default=())
 
@@ -38,6 +38,8 @@ def one_by_one(lengths: Sequence[int]) -> Iterator[None]:
 def _register() -> None:
     AttentionInterface.register("sdpa", _attention)
     AttentionMaskInterface.register("sdpa", _mask)
+    # It prepares a plan for each length, and keeps them all; FlashAttention, which is next in line, takes any.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _mask(
@@ -53,20 +55,23 @@ def _mask(
 ) -> torch.Tensor | None:
     """The lengths, [1, 1, 1, samples] int64, where the mask asked for is causal within each sample; else that mask.
 
-    A window (`local_size`) no sample is longer than hides nothing; `use_vmap` stands for patterns of a model's own.
+    A window (`local_size`) no sample is longer than hides nothing; with a shorter one the mask is kept within the
+    samples, which not every model tells it. `use_vmap` stands for patterns of a model's own.
     """
     lengths = _packed.get()
     if (
-        len(lengths) > 1
-        and _hands_masks_on(type(given.get("config")))
+        _hands_masks_on(type(given.get("config")).__module__)
         and batch_size == 1
         and q_length == kv_length == sum(lengths)
         and attention_mask is None
-        and (local_size is None or local_size >= max(lengths))
         and not use_vmap
         and not allow_is_bidirectional_skip
     ):
-        return torch.tensor(lengths)[None, None, None]  # on the CPU, where no layer waits for a GPU to read it
+        if local_size is None or local_size >= max(lengths):
+            return torch.tensor(lengths)[None, None, None]  # on the CPU, where no layer waits for a GPU to read it
+        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None].to(given["device"])
+        given["mask_function"] = and_masks(given["mask_function"], packed_sequence_mask_function(numbers))
+        given["allow_is_causal_skip"] = False
     mask: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -81,9 +86,9 @@ def _mask(
 
 
 @functools.cache
-def _hands_masks_on(config_class: type) -> bool:
+def _hands_masks_on(module_of_config: str) -> bool:
     """Whether the model's layers ask for an attention function by name; others would compute with the lengths."""
-    code = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
+    code = sys.modules.get(module_of_config.replace("configuration_", "modeling_"))
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in vars(code)
 
 
@@ -102,8 +107,9 @@ def _attention(
         given |= {"dropout": dropout, "scaling": scaling}
         whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
         return whole
-    if not groups_heads(query.device):
-        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    num_groups = query.shape[1] // key.shape[1]
+    if num_groups > 1 and not groups_heads(query, value):
+        key, value = (tensor.repeat_interleave(num_groups, dim=1) for tensor in (key, value))
     lengths = attention_mask.flatten().tolist()
     attend = functools.partial(
         scaled_dot_product_attention,
@@ -116,10 +122,13 @@ def _attention(
     return torch.cat([attend(*sample).transpose(1, 2) for sample in samples], dim=1), None
 
 
-@functools.cache
-def groups_heads(device: torch.device) -> bool:
+def groups_heads(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether sdpa has a kernel for fewer heads of keys and values that makes no matrix of all pairs.
 
-    FlashAttention is one, which needs compute capability 8.0 (torch's sdp_utils.cpp); so is that of a CPU.
+    A CPU's is one, and FlashAttention: in 16 bits, heads alike and at most 256 wide, as of compute capability 8.0
+    (torch's sdp_utils.cpp).
     """
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if query.device.type != "cuda":
+        return True
+    fits = query.dtype != torch.float32 and query.shape[-1] == value.shape[-1] <= 256
+    return fits and torch.cuda.get_device_capability(query.device) >= (8, 0)

@@ -237,7 +237,7 @@ def test_the_peak_of_a_micro_batch_is_within_a_fifth(
 
     def work() -> None:
         if as_in_runs:
-            with head.judges(torch.zeros_like(targets), torch.arange(num_targets), targets):
+            with head.judges(torch.zeros_like(targets), torch.arange(num_targets), targets, num_targets):
                 loss = forward(model, 256, num_targets, masked=False)[0, :, 0].sum()
         else:
             logits = forward(model, 256, num_targets)[0]

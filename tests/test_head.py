@@ -13,8 +13,9 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch import head as heads
-from launch.head import LossHead, find_head, loss_head, observed
-from launch.packing import batch_loss, collate, forward_arguments
+from launch.errors import ModelError
+from launch.head import LossHead, Seen, find_head, loss_head, observed
+from launch.packing import batch_loss, collate, forward_arguments, of_targets
 from launch.samples import Samples
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def judged(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, at
     layer = torch.nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     positions = torch.arange(len(targets))
-    with LossHead(layer, at_once).judges(torch.zeros_like(positions), positions, targets):
+    with LossHead(layer, at_once).judges(torch.zeros_like(positions), positions, targets, len(targets)):
         found: torch.Tensor = layer(hidden[None])[0]
     return found
 
@@ -156,11 +157,47 @@ def test_a_model_that_changes_its_logits_keeps_them(family: str, more: dict[str,
     base = tuned(family, **more).get_base_model()
     head, _ = find_head(base)
     assert head is not None
-    seen: list[torch.Tensor] = []
+    seen: list[Seen] = []
     with torch.no_grad(), observed(head, seen):
         logits = base(input_ids=torch.arange(9)[None], use_cache=False).logits
     assert (loss_head(head, seen, logits) is None) == bool(why)
     assert "forward" not in vars(head)
+
+
+class Own(torch.nn.Module):
+    """A base whose code does something to its logits."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.embeddings, self.head = what, torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100)
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def forward(self, input_ids: torch.Tensor, logits_to_keep: torch.Tensor | None = None) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.embeddings(input_ids))
+        if self.what == "masks":
+            logits[..., 90:] = -torch.inf
+        if self.what == "cuts" and logits_to_keep is not None:
+            logits = logits[:, logits_to_keep]
+        return logits
+
+
+def test_logits_that_are_changed_in_place_are_kept() -> None:
+    for what, is_kept in (("nothing", False), ("masks", True)):
+        model, seen = Own(what), list[Seen]()
+        with torch.no_grad(), observed(model.head, seen):
+            logits = model(torch.arange(9)[None])
+        assert (loss_head(model.head, seen, logits) is None) == is_kept
+
+
+def test_logits_that_are_cut_behind_the_head_are_refused() -> None:
+    """Others would be judged than are returned."""
+    model = Own("cuts")
+    model.requires_grad_(False)
+    batch = collate(some_samples(), [0, 1], CPU, packed=True)
+    with pytest.raises(ModelError, match=r"^The model computes its output head at 23 positions where \d+ are"):
+        of_targets(model, batch, accepts={"logits_to_keep"}, head=LossHead(model.head, 7))
 
 
 def test_a_head_that_is_trained_keeps_its_logits() -> None:
@@ -178,7 +215,7 @@ def test_a_head_that_is_trained_keeps_its_logits() -> None:
 def test_ranks_with_other_numbers_of_chunks_train_alike(
     world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A few positions at a time on two ranks, whose micro-batches have other numbers of them: every step is the same.
+    """A few positions at a time, of which ranks have other numbers: every step is the same as with all at once.
 
     Under ZeRO-3, where a head that is called once a chunk would wait for the other rank for ever.
     """

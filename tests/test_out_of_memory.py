@@ -19,7 +19,7 @@ SHORT = Device(True, GPUS["v100-32gb"].memory_bytes, 200_000_000, 12 * GB)
 
 
 def tried(tokens: int, longest: int = 920) -> Tried:
-    return Tried("in a trial", tokens, tokens, longest)
+    return Tried("in a trial", tokens, tokens, longest, longest)
 
 
 def case(*overrides: str, gpus: int = 4) -> Case:

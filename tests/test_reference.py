@@ -21,6 +21,7 @@ from launch.adapter import add_adapter
 from launch.checkpoint import path_of_step
 from launch.config import load_recipe
 from launch.data import prepare
+from launch.head import LossHead, find_head
 from launch.model import load_base, tokenizer_and_template
 from launch.packing import batch_loss, collate, forward_arguments
 from launch.recipe import Recipe
@@ -70,11 +71,14 @@ def our_step(recipe_path: Path) -> tuple[float, dict[str, Any]]:
     adapter, budget = recipe.adapter, settings.max_tokens_per_micro_batch
     accepts = forward_arguments(base)
     packed = adapter.num_virtual_tokens == 0 and "position_ids" in accepts
+    module, _ = find_head(base)
+    head = LossHead(module, positions_at_once=3) if module is not None else None
     mine = batching.lay_out(ids, lengths, budget, dist.get_world_size(), padded=not packed)[dist.get_rank()]
     sums = torch.zeros(3, dtype=torch.float64)
     for index, micro_batch in enumerate(mine):
         batch = collate(samples, micro_batch, accelerator.device, packed=packed)
-        loss, micro_sums = batch_loss(engine, batch, accepts=accepts, virtual_columns=adapter.num_virtual_columns)
+        virtual_columns = adapter.num_virtual_columns
+        loss, micro_sums = batch_loss(engine, batch, accepts=accepts, virtual_columns=virtual_columns, head=head)
         engines.backward(engine, loss / int(samples.num_trained[ids].sum()), is_last=index == len(mine) - 1)
         sums += micro_sums
     dist.all_reduce(sums)

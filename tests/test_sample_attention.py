@@ -9,6 +9,7 @@ import torch
 from test_activations import peak_bytes
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.mistral import modeling_mistral
 
 from launch import sample_attention
 from launch.errors import ModelError
@@ -76,13 +77,24 @@ def test_packed_samples_are_those_alone(
     family: str, more: dict[str, Any], grouped: bool, count_samples: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where sdpa gets all heads, as GPUs without grouped kernels want; a window no shorter hides nothing."""
-    monkeypatch.setattr(sample_attention, "groups_heads", lambda device: grouped)
+    monkeypatch.setattr(sample_attention, "groups_heads", lambda query, value: grouped)
     together, alone = packed_and_alone(model_of(family, **more).eval())
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     assert count_samples == LENGTHS * 2
 
 
-def test_a_window_shorter_than_a_sample_is_masked(count_samples: list[int]) -> None:
+@pytest.mark.parametrize("tells_positions", [True, False])
+def test_a_window_shorter_than_a_sample_is_masked(
+    tells_positions: bool, count_samples: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the sample, also where a model makes its mask without positions, as Afmoe does."""
+    real = modeling_mistral.create_sliding_window_causal_mask
+    if not tells_positions:
+        monkeypatch.setattr(
+            modeling_mistral,
+            "create_sliding_window_causal_mask",
+            lambda **given: real(**given | {"position_ids": None}),
+        )
     model = model_of("mistral", head_dim=8, sliding_window=5).eval()
     together, alone = packed_and_alone(model)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
