@@ -54,7 +54,7 @@ def rehearse(job: Job, largest: Largest) -> None:
     """
     torch.manual_seed(batching.step_seed(job.recipe.train.seed, 0, dist.get_rank()))
     with _left_as_it_was(job.engine):
-        # With the first, empty one ZeRO-3 forgets the order of modules that the packing probe had, with the second it
+        # With the first, empty one ZeRO-3 forgets the order of modules that the probe had, with the second it
         # learns that of a backward pass, and from then on it fetches ahead. The last one's gradients are added.
         for number, ids in enumerate(([], [], largest.most_trained, largest.most_tokens), start=1):
             loss_sum, _, _ = job.loss(job.samples, ids)
