@@ -122,6 +122,11 @@ def _level(longest_first: Sequence[tuple[int, int]], max_tokens: int, num_bins: 
     return bins
 
 
+def num_cells(lengths: npt.NDArray[np.int64], *, padded: bool) -> int:
+    """Tokens of a micro-batch of samples of these lengths; of a padded one, rows x longest row."""
+    return int(lengths.max()) * len(lengths) if padded else int(lengths.sum())
+
+
 def largest_micro_batches(
     lengths: npt.NDArray[np.int64],
     num_trained: npt.NDArray[np.int64],
@@ -142,9 +147,7 @@ def largest_micro_batches(
     order = _order_of_run(len(lengths), total_samples, seed)
 
     def sizes(micro_batch: MicroBatch) -> tuple[int, int]:
-        longest = int(lengths[micro_batch].max())
-        cells = longest * len(micro_batch) if padded else int(lengths[micro_batch].sum())
-        return cells, int(num_trained[micro_batch].sum())
+        return num_cells(lengths[micro_batch], padded=padded), int(num_trained[micro_batch].sum())
 
     found: dict[tuple[int, int], MicroBatch] = {}  # one of each size
     for step in _busiest_steps(lengths[order], num_trained[order], global_batch_size, max_tokens * num_ranks):

@@ -102,7 +102,7 @@ def _largest(case: Case, samples: Samples) -> Sizes:
         padded=not case.packed,
     )
     of_most = lengths[most_tokens]
-    num_tokens = int(of_most.sum() if case.packed else of_most.max() * len(of_most))
+    num_tokens = batching.num_cells(of_most, padded=not case.packed)
     return case.sizes(num_tokens, int(of_most.max()), int(samples.num_trained[most_trained].sum()))
 
 

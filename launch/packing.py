@@ -19,8 +19,6 @@ from metrics.tokens import loss_and_sums, sums_of_judged
 # Largest difference, relative to the largest logit, between a sample packed behind another and the same sample
 # alone. Rounding stays below; a leak changes logits by tenths.
 LEAK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
-
-
 # Of errors of layers that compute with what they are given in place of a mask.
 _WITH_A_MASK = ("size of tensor", "size of the tensor", "attn_mask", "masked_fill")
 

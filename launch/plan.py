@@ -4,6 +4,7 @@ The formulas are in memory.py, activations.py and speed.py. Layouts are the acce
 what is offloaded and how large the buckets are.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -123,7 +124,7 @@ class Case:
         """Whether attention has a mask: packed samples are else attended one by one."""
         return not self.packed or self.recipe.model.attn_implementation == "eager"
 
-    @property
+    @functools.cached_property  # every budget that is tried asks
     def is_judged_in_head(self) -> bool:
         """What a run's probe of the head will most likely say: of layers that are not known, that it cannot be."""
         trained = trained_shapes(self.recipe, self.base)

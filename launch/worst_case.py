@@ -161,7 +161,7 @@ def _sentence(job: Job, largest: Largest, where: str, device: Device) -> str:
     lengths = job.samples.lengths + job.recipe.adapter.num_virtual_tokens
     num_targets = int(job.samples.num_trained[largest.most_trained].sum())
     most = lengths[largest.most_tokens]
-    num_tokens = int(most.sum() if job.packed else most.max() * len(most))
+    num_tokens = batching.num_cells(most, padded=not job.packed)
     tried = Tried(where, num_tokens, num_targets, int(lengths.max()), int(most.max()))
     try:
         base_name = str(job.model.peft_config[ADAPTER_NAME].base_model_name_or_path)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_architectures
 import torch
 from conftest import World, launch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -19,18 +20,7 @@ from launch.packing import batch_loss, collate, forward_arguments, of_targets
 from launch.samples import Samples
 
 CPU = torch.device("cpu")
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = test_architectures.SIZES | {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def some_samples() -> Samples:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_activations import peak_bytes
+from test_head import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.mistral import modeling_mistral
@@ -17,18 +18,6 @@ from launch.packing import probe
 from launch.sample_attention import one_by_one
 from launch.samples import Samples
 
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 LENGTHS = [9, 1, 14, 5]
 
 
