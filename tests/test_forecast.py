@@ -1,13 +1,15 @@
 """What a start says about its memory: the plan's terms for its layout, what does not fit, how right that was."""
 
+import ctypes
 import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, World, deepspeed_json, launch
+from conftest import ROOT, World, deepspeed_json, launch, run_ranks
 from test_plan import CONFIG_14B, QWEN_14B
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2TokenizerFast
 
+import train
 from launch.config import load_recipe
 from launch.forecast import findings, forecast, hardware_of_run, plan_line, what_plan_chooses
 from launch.hardware import GPUS
@@ -78,13 +80,19 @@ def test_a_run_compares_its_peak_with_the_forecast(world: World, capfd: pytest.C
     assert "\nmemory  " in said and "than it was" in said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "allowed"), [(2, 0.25), (3, 0.4)])
-def test_the_forecast_of_a_model_that_counts(world: World, tmp_path: Path, stage: int, allowed: float) -> None:
-    """100 MB of weights and as much of activations on each rank: the forecast is within a quarter of the peak.
+def trained_without_a_heap(arguments: list[str]) -> int:
+    """train.py's main; what is freed goes back at once, as glibc, which keeps it, else makes it a third more.
 
-    Under ZeRO-3 it was 32 % low: resident memory also has what the allocator keeps of weights that were gathered.
+    M_MMAP_THRESHOLD of mallopt(3).
     """
+    assert ctypes.CDLL(None).mallopt(-3, 1 << 16) == 1
+    return train.main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_forecast_of_a_model_that_counts(world: World, tmp_path: Path, stage: int) -> None:
+    """100 MB of weights and as much of activations on each rank: the forecast is within a fifth of the peak."""
     tokenizer = Qwen2TokenizerFast.from_pretrained(str(world.base))
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -100,7 +108,8 @@ def test_the_forecast_of_a_model_that_counts(world: World, tmp_path: Path, stage
     tokenizer.save_pretrained(str(tmp_path / "base"))
     name = f"peak-{stage}"
     recipe = world.recipe(name, model={"name_or_path": str(tmp_path / "base")}, train={"max_steps": 2})
-    launch(recipe, 2, "train.max_tokens_per_micro_batch=1024", deepspeed=deepspeed_json(tmp_path, stage))
+    arguments = [str(recipe), "train.max_tokens_per_micro_batch=1024"]
+    assert run_ranks(2, trained_without_a_heap, arguments, deepspeed=deepspeed_json(tmp_path, stage)) == [0, 0]
     (record,) = world.metrics(name, "memory")
     print(json.dumps(record))
-    assert abs(record["forecast_error"]) < allowed, record
+    assert abs(record["forecast_error"]) < 0.2, record
