@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 from prepare_rows import machine
-from sides import ROOT, in_new_process
+from sides import ROOT, in_new_process, middle
 
 sys.path.insert(0, str(ROOT))
 
@@ -78,6 +78,7 @@ def targets() -> dict[str, Result]:
     """By section, what its script wants; a process of its own imports them all."""
     import checkpoint
     import evaluation
+    import scaling
     import start
     import training
 
@@ -86,7 +87,11 @@ def targets() -> dict[str, Result]:
         "evaluation": {"mib": evaluation.MAX_MIB, "ratio": evaluation.MAX_RATIO, "tolerance": evaluation.TOLERANCE},
         "start": {"seconds": start.MAX_SECONDS},
         "checkpoint": {"stall_share": checkpoint.MAX_STALL_SHARE, "read_seconds": checkpoint.MAX_READ_SECONDS},
-        "scaling": {"tolerance": training.TOLERANCE, "index_share": 0.01, "imbalance": 0.03},  # as scaling.py has them
+        "scaling": {
+            "tolerance": training.TOLERANCE,
+            "index_share": scaling.MAX_INDEX_SHARE,
+            "imbalance": scaling.MAX_IMBALANCE,
+        },
     }
 
 
@@ -149,11 +154,6 @@ def spread(values: Iterable[float], digits: int = 0) -> str:
 def verdict(is_met: bool, wanted: str) -> str:
     """A target, and whether it was met."""
     return f"{wanted}: {'met' if is_met else '**not met**'}"
-
-
-def middle(steps: Sequence[Result]) -> Result:
-    """The step of median seconds, as scaling.py shows it."""
-    return sorted(steps, key=lambda step: step["seconds"])[(len(steps) - 1) // 2]
 
 
 def parts(launches: Sequence[Result]) -> str:

@@ -186,9 +186,8 @@ def report(result: dict[str, Any]) -> str:
     share = statistics.median(result["stall_seconds"]) / result["interval_seconds"]
     read_seconds = result["verify_seconds"] + result["load_seconds"]
     whole = result["command_to_first_step_seconds"]
-    of_parts = {name.removesuffix("_seconds"): value for name, value in start.items() if name.endswith("_seconds")}
-    parts = {"launcher": whole - start["seconds"], **of_parts}
-    named = ", ".join(f"{name.replace('_', ' ')} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05)
+    parts = parts_of(whole, start)
+    named = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items() if seconds >= 0.05)
     sizes = f"{format_bytes(result['state_bytes'])} of masters and moments, {format_bytes(result['checkpoint_bytes'])}"
     texts = [
         f"{about['cpu']}, {len(os.sched_getaffinity(0))} cores, {about['platform']}, torch {torch.__version__}",
@@ -207,6 +206,13 @@ def report(result: dict[str, Any]) -> str:
     lines += [f"{name:28}{median:>10}{between:>18}{wanted:>10}" for name, median, between, wanted in rows]
     lines += ["", *textwrap.wrap(f"the resumed start, in seconds: {named}", 80)]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def parts_of(seconds: float, record: dict[str, Any]) -> dict[str, float]:
+    """What a start of so many seconds was made of: the launcher, then what rank zero's own record tells."""
+    named = {key.removesuffix("_seconds"): value for key, value in record.items() if key.endswith("_seconds")}
+    launcher_seconds = seconds - record["seconds"]
+    return {"launcher": launcher_seconds, **{name.replace("_", " "): value for name, value in named.items()}}
 
 
 def spread(seconds: list[float]) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sides import CORES, FILES, MAX_VOCAB_SIZE, ROOT, build_tokenizer, json_row, questions_and_answers, versions
+from sides import CORES, FILES, MAX_VOCAB_SIZE, ROOT, build_tokenizer, json_row, middle, questions_and_answers, versions
 
 sys.path.insert(0, str(ROOT))
 
@@ -45,6 +45,7 @@ WARMUP = 2  # steps before those that are measured
 INDEX_RANKS, INDEX_BATCH, INDEX_STEPS = 8, 64, 300  # of `rows`: ranks, samples, steps
 WORLD_BATCH, WORLD_STEPS = 64, 5  # of `world`: samples of a step for each rank, steps
 BUDGET = 8192  # tokens of a micro-batch, of both
+MAX_INDEX_SHARE, MAX_IMBALANCE = 0.01, 0.03  # of a step, of the mean: what is wanted of `rows` and `world`
 SETTING = {"learning_rate": 1e-5, "precision": "fp32", "gradient_checkpointing": False, "warmup": WARMUP}  # of recipes
 METHODS = {  # of torch's ProcessGroup, through which all collectives go
     "gather": ("_allgather_base", "all_gather_single", "allgather", "allgather_into_tensor_coalesced"),
@@ -166,11 +167,6 @@ def seconds_in_collectives(ranks: list[list[Collective]]) -> dict[str, float]:
                 found["wait"] += waited
                 found[kind] += end - begin - waited
     return found
-
-
-def middle(steps: list[Figures]) -> Figures:
-    """The step of median seconds, whose parts add up."""
-    return sorted(steps, key=lambda step: step["seconds"])[(len(steps) - 1) // 2]
 
 
 def spread(steps: list[Figures]) -> str:
@@ -304,7 +300,7 @@ def measure_rows(options: argparse.Namespace, lengths: Lengths, step_seconds: fl
         one |= {"step_bytes": step_bytes, "permutation_seconds": order_seconds}
         found.append(one | {"permutation_bytes": order_bytes})
         share = f"{(seconds + each_seconds) / step_seconds:.3%}" if step_seconds else "-"
-        line = f"{num_rows:>9,}{seconds * 1e3:>8.3f}{step_bytes / 2**10:>7.1f}{share:>8}{'< 1%':>8}"
+        line = f"{num_rows:>9,}{seconds * 1e3:>8.3f}{step_bytes / 2**10:>7.1f}{share:>8}{f'< {MAX_INDEX_SHARE:.0%}':>8}"
         line += f"{order_seconds:>11.3f}{order_bytes / 2**20:>8.1f}{order_bytes / num_rows:>7.1f}"
         lines.append(f"{line}{each_seconds * 1e3:>9.3f}")
     of = f"the step of one rank above ({step_seconds:.2f} s)" if step_seconds else "a step; --parts steps measures one"
@@ -342,7 +338,9 @@ def measure_world(options: argparse.Namespace, lengths: Lengths) -> list[Figures
             steps.append({"seconds": seconds, "tokens_per_rank": mean, "imbalance": max(tokens) / mean - 1})
         means = {key: statistics.mean(one[key] for one in steps) for key in steps[0]}
         line = f"{num_ranks:>6,}{size:>9,}{means['tokens_per_rank']:>13,.0f}{means['seconds']:>8.3f}"
-        lines.append(f"{line}{means['imbalance']:>12.2%}{max(one['imbalance'] for one in steps):>8.2%}{'< 3%':>8}")
+        lines.append(
+            f"{line}{means['imbalance']:>12.2%}{max(one['imbalance'] for one in steps):>8.2%}{f'< {MAX_IMBALANCE:.0%}':>8}"
+        )
         found.append({"ranks": num_ranks, "steps": steps})
     print("\n".join(lines))
     return found

@@ -262,6 +262,11 @@ def peak_mib() -> float:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
+def middle(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The step of median seconds, whose parts add up."""
+    return sorted(steps, key=lambda step: step["seconds"])[(len(steps) - 1) // 2]
+
+
 def versions() -> dict[str, str]:
     """Of what this process runs on."""
     found = {"python": platform.python_version()}

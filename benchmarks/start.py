@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from checkpoint import CONFIG, ROOT, finish, spread
+from checkpoint import CONFIG, ROOT, finish, parts_of, spread
 from prepare_rows import machine
 
 sys.path.insert(0, str(ROOT))
@@ -36,13 +36,6 @@ def launch(output: Path, name: str, num_ranks: int) -> Launch:
     records = {record["kind"]: record for record in runs.read_metrics(output / name)}
     first_step = {key: records["train"][key] for key in ("loss", "gradient_norm")}
     return {"seconds": seconds, "parts": parts_of(seconds, records["start"]), **first_step}
-
-
-def parts_of(seconds: float, record: dict[str, Any]) -> dict[str, float]:
-    """What a start of so many seconds was made of: the launcher, then what rank zero's own record tells."""
-    named = {key.removesuffix("_seconds"): value for key, value in record.items() if key.endswith("_seconds")}
-    launcher_seconds = seconds - record["seconds"]
-    return {"launcher": launcher_seconds, **{name.replace("_", " "): value for name, value in named.items()}}
 
 
 def first_difference(found: Launch, expected: Launch) -> str | None:
