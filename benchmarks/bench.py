@@ -30,7 +30,7 @@ COMMANDS = {  # section of the page: what measures it
         "training.py --vocab 48000 --ranks 1 2",
         "training.py --vocab 8000 152000 --ranks 1 --sides cairn transformers 'TRL, padding-free' 'TRL, packed'",
     ),
-    "evaluation": ("evaluation.py",),
+    "evaluation": ("evaluation.py --samples 1000 --reference-samples 0 --repeats 1", "evaluation.py"),
     "prepare_rows": ("prepare_rows.py",),
     "start": ("start.py",),
     "checkpoint": ("checkpoint.py",),

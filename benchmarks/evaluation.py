@@ -222,8 +222,10 @@ def first_difference(found: Result, expected: Result) -> str | None:
 def measure(options: Options, work: Path) -> list[dict[str, Any]]:
     """The sides in turn: all samples, then as many as compute_metrics has the memory for."""
     found = []
-    few = options | {"samples": options["reference_samples"]}
-    for of_case, sides in ((options, ("cairn", "loss only")), (few, tuple(SIDES))):
+    cases: list[tuple[Options, tuple[str, ...]]] = [(options, ("cairn", "loss only"))]
+    if options["reference_samples"]:
+        cases.append((options | {"samples": options["reference_samples"]}, tuple(SIDES)))
+    for of_case, sides in cases:
         for repeat in range(options["repeats"]):
             expected: Result = {}
             for side in sides:
@@ -259,7 +261,7 @@ def main() -> int:
     """Measure, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--reference-samples", type=int, default=4, help="of compute_metrics, which keeps their logits")
+    parser.add_argument("--reference-samples", type=int, default=4, help="of compute_metrics; 0: without it")
     parser.add_argument("--tokens", type=int, default=1024, help="of a sample")
     parser.add_argument("--vocab", type=int, default=152_000)
     parser.add_argument("--width", type=int, default=64, help="hidden size, a multiple of 64")
