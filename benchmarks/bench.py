@@ -34,7 +34,7 @@ COMMANDS = {  # section of the page: what measures it
     "prepare_rows": ("prepare_rows.py",),
     "start": ("start.py",),
     "checkpoint": ("checkpoint.py",),
-    "merge": ("merge.py --gigabytes 1",),
+    "merge": ("merge.py --gigabytes 1", "merge.py --gigabytes 4 --repeats 1"),
     "scaling": ("scaling.py",),
 }
 NEED_ROWS, NEED_TRL = ("training", "prepare_rows", "scaling"), ("training", "prepare_rows")
@@ -78,6 +78,8 @@ def targets() -> dict[str, Result]:
     """By section, what its script wants; a process of its own imports them all."""
     import checkpoint
     import evaluation
+    import merge
+    import prepare_rows
     import scaling
     import start
     import training
@@ -85,8 +87,10 @@ def targets() -> dict[str, Result]:
     return {
         "training": {"times_as_fast": training.WANTED, "tolerance": training.TOLERANCE},
         "evaluation": {"mib": evaluation.MAX_MIB, "ratio": evaluation.MAX_RATIO, "tolerance": evaluation.TOLERANCE},
+        "prepare_rows": {"times_as_fast": prepare_rows.WANTED, "again_seconds": prepare_rows.MAX_AGAIN_SECONDS},
         "start": {"seconds": start.MAX_SECONDS},
         "checkpoint": {"stall_share": checkpoint.MAX_STALL_SHARE, "read_seconds": checkpoint.MAX_READ_SECONDS},
+        "merge": {"times": merge.MAX_TIMES, "mib": merge.MAX_MIB},
         "scaling": {
             "tolerance": training.TOLERANCE,
             "index_share": scaling.MAX_INDEX_SHARE,

@@ -35,6 +35,7 @@ from launch.tiny import build_tiny_tokenizer  # noqa: E402
 ROWS = ROOT / "configs/data/tiny_chat.jsonl"
 WIDTH, INTERMEDIATE, VOCAB = 2048, 5632, 32_000
 SHARD_BYTES = 300_000_000
+MAX_TIMES, MAX_MIB = 1.2, 200  # of the seconds of cp and read together; above the imports
 
 
 def make(work: Path, gigabytes: float) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from sides import CORES, FILES, ROOT, SIDES, Arrays, trl
 
 AGAIN = "cairn, second start"
+WANTED, MAX_AGAIN_SECONDS = 2.0, 2  # times as many tokens a second as each other side; of a second start
 
 
 def start_process(python: str, work: Path, *arguments: str) -> None:
