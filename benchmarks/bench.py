@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other: their tables, one result file, and docs/performance.md made from it.
+"""Every benchmark, one after the other: their tables, a result file, and docs/performance.md made from the newest ones.
 
 Each script holds its own gate; the first that fails ends this with its exit code. See benchmarks/README.md.
 """
@@ -49,11 +49,15 @@ Result = dict[str, Any]  # date, machine, sections; of each section commit, vers
 # ---- the result file ----
 
 
+def cores(about: Mapping[str, Any]) -> str:
+    """How many a machine has."""
+    return "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
+
+
 def slug(about: Mapping[str, Any]) -> str:
     """A machine's short name, for files: its CPU and how many cores there are, as in intel-xeon-2-cores."""
     cpu = re.sub(r"\((R|TM|C)\)|\b\d+-Core\b|\b(CPU|Processor)\b|@.*", " ", about["cpu"], flags=re.IGNORECASE)
-    cores = "1 core" if about["cores"] == 1 else f"{about['cores']} cores"
-    words = re.findall("[a-z0-9]+", f"{cpu} {cores}".lower())
+    words = re.findall("[a-z0-9]+", f"{cpu} {cores(about)}".lower())
     return "-".join(words)
 
 
@@ -102,8 +106,20 @@ def targets() -> dict[str, Result]:
 # ---- the page ----
 
 
-def page(result: Result) -> str:
-    """docs/performance.md; every figure in it is one of the result, or computed from it."""
+def newest(results: Sequence[Result]) -> list[Result]:
+    """The results, in their order, each with those sections only that no later one has."""
+    kept: list[Result] = []
+    known: set[str] = set()
+    for result in reversed(results):
+        sections = {name: section for name, section in result["sections"].items() if name not in known}
+        known |= sections.keys()
+        kept += [result | {"sections": sections}] if sections else []
+    return kept[::-1]
+
+
+def page(results: Sequence[Result]) -> str:
+    """docs/performance.md; every figure in it is one of the results, the oldest first, or computed from them."""
+    measured = newest(results)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -123,15 +139,16 @@ def page(result: Result) -> str:
         "verdict": verdict,
         "middle": middle,
         "parts": parts,
+        "file_name": file_name,
+        "cores": cores,
     }
-    missing = [name for name in COMMANDS if name not in result["sections"]]
+    sections = {name: section | one for one in measured for name, section in one["sections"].items()}
     return environment.get_template(TEMPLATE).render(
-        **result,
-        file_name=file_name(result),
-        versions=joined(versions_in(result)),
-        commits=" and ".join(dict.fromkeys(section["commit"] for section in result["sections"].values())),
-        missing=missing,
-        has_trl=any(name == "trl" for name, _ in versions_in(result)),
+        measured=measured,
+        sections=sections,
+        versions=joined(versions_in(measured)),
+        missing=[name for name in COMMANDS if name not in sections],
+        has_trl=any(name == "trl" for name, _ in versions_in(measured)),
     )
 
 
@@ -220,16 +237,21 @@ def read(path: Path) -> Result:
     return found
 
 
+def write_page() -> None:
+    """From all result files; their names begin with the date."""
+    PAGE.write_text(page([read(path) for path in sorted(RESULTS.glob("*.json"))]), encoding="utf-8")
+
+
 def main() -> int:
     """Measure what is wanted, write the result after every section, and the page at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=COMMANDS, help="the other sections stay as today's file has them")
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, help="the other sections stay as they are")
     parser.add_argument("--source", type=Path, help="directory of the rows; default: that of the scripts")
     parser.add_argument("--trl-python", help="python of an environment with TRL and PEFT (benchmarks/README.md)")
-    parser.add_argument("--render-only", type=Path, metavar="RESULT.json", help="measure nothing; write the page")
+    parser.add_argument("--render-only", action="store_true", help="measure nothing; write the page")
     options = parser.parse_args()
     if options.render_only:
-        PAGE.write_text(page(read(options.render_only)), encoding="utf-8")
+        write_page()
         return 0
     result: Result = {"date": date.today().isoformat(), "machine": machine(), "sections": {}}
     path = RESULTS / file_name(result)
@@ -241,7 +263,7 @@ def main() -> int:
         section = measure(name, options, facts | {"targets": wanted.get(name, {})})
         result = with_section(result, name, section)
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(result), encoding="utf-8")
+    write_page()
     print(f"\n{path.relative_to(ROOT)} and {PAGE.relative_to(ROOT)} are written.")
     return 0
 
