@@ -176,10 +176,15 @@ def read_model(directory: Path) -> dict[str, Stored]:
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """[first, last) of the rows of a tensor, of at most BLOCK_BYTES in fp32 each; one block for what has no rows."""
+    """[first, last) of the rows of a tensor, of at most BLOCK_BYTES in fp32 each; one block for what has no rows.
+
+    All are as long, give or take a row: few rows are multiplied by another kernel, which on some CPUs rounds otherwise
+    than that of the whole matrix does.
+    """
     num_rows = shape[0] if shape else 1
-    rows = max(BLOCK_BYTES // max(math.prod(shape[1:]) * 4, 1), 1)
-    yield from ((first, min(first + rows, num_rows)) for first in range(0, num_rows, rows))
+    most = max(BLOCK_BYTES // max(math.prod(shape[1:]) * 4, 1), 1)
+    count = math.ceil(num_rows / most)
+    yield from ((number * num_rows // count, (number + 1) * num_rows // count) for number in range(count))
 
 
 def shard_names(count: int) -> list[str]:
