@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from launch.activations import MicroBatch, adapter_bytes, logits_bytes, passing_bytes, saved_bytes
 from launch.findings import Finding
-from launch.hardware import GPUS, MIB, Gpu, Hardware, known_gpu
+from launch.hardware import CPU, GPUS, MIB, Gpu, Hardware, known_gpu
 from launch.memory import Sharding
 from launch.plan import (
     RESERVED_SHARE,
@@ -60,7 +60,7 @@ class Forecast:
 def hardware_of_run(gpu: tuple[str, int] | None, num_ranks: int, ranks_per_node: int, host_bytes: int) -> Hardware:
     """Of ranks with this GPU each, by its name and memory; None: on CPUs. How GPUs are joined is not known: PCIe."""
     if gpu is None:
-        kind = Gpu("CPU", 0, 0, 0, 0, 0, True, "")
+        kind = CPU
     else:
         name, memory_bytes = gpu
         known = known_gpu(name)
@@ -76,7 +76,7 @@ def terms_of(case: Case, sharding: Sharding, batch: MicroBatch, *, is_gpu: bool)
         bucket = min(sharding.reduce_bucket_size, model.num_trained)
         sharding = replace(sharding, offload_optimizer=False, offload_param=False, reduce_bucket_size=bucket)
     way = way_of(case, sharding, model.load_in_4bit, checkpointing)
-    adapters = adapter_bytes(case.base, adapted_of(case), way, is_masked=case.is_masked)
+    adapters = adapter_bytes(case.base, adapted_of(case), way, is_masked=batch.is_masked)
     terms = fixed_gpu_bytes(case, model, sharding, checkpointing) | {
         "activations": saved_bytes(case.base, adapters, batch, way),
         "logits or backward": max(passing_bytes(case.base, adapters, batch, way), logits_bytes(case.base, batch, way)),

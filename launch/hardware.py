@@ -56,6 +56,9 @@ GPUS = {
 }
 
 
+CPU = Gpu("CPU", 0, 0, 0, 0, 0, True, "")  # of ranks without a GPU
+
+
 @dataclass(frozen=True)
 class Hardware:
     """What a run would be given."""

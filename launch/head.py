@@ -145,6 +145,8 @@ class _Judgement(torch.autograd.Function):
             if gradient is not None:
                 slope = values.exp_().scatter_add_(1, wanted, values.new_full((1, 1), -1.0).expand_as(wanted))
                 (gradient[part],) = torch.autograd.grad(logits, given, slope.mul_(scale).to(logits.dtype))
+                del slope
+            del logits, values  # before the next ones are made
         ctx.scale = scale
         ctx.save_for_backward(gradient)
         return found

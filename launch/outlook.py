@@ -66,9 +66,18 @@ def look_ahead(
 
 
 def case_of_run(
-    recipe: Recipe, base_name: str, precision: str, trained_share: float, *, packed: bool | None = None
+    recipe: Recipe,
+    base_name: str,
+    precision: str,
+    trained_share: float,
+    *,
+    packed: bool | None = None,
+    judged: bool | None = None,
 ) -> Case:
-    """For the plan's formulas; `packed` None: as is likely. Raises ConfigError or ModelError for what none covers."""
+    """For the plan's formulas; `packed` and `judged` are what the model's probe said, None: as is likely.
+
+    Raises ConfigError or ModelError for what no formula covers.
+    """
     if recipe.model.factory is not None:
         raise ModelError(f"only the code of {recipe.model.factory} knows its layers")
     gpu = (torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]) if torch.cuda.is_available() else None
@@ -76,7 +85,7 @@ def case_of_run(
     hardware = hardware_of_run(gpu, dist.get_world_size(), ranks_per_node, available_bytes())
     base = base_at(base_name, recipe.model.revision)
     packed = is_packed(recipe, base) if packed is None else packed
-    return Case(recipe, base, hardware, precision, packed, trained_share)
+    return Case(recipe, base, hardware, precision, packed, trained_share, judged)
 
 
 def peak_memory_bytes() -> int:

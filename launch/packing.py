@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from metrics.tokens import loss_and_sums, sums_of_judged
 # Largest difference, relative to the largest logit, between a sample packed behind another and the same sample
 # alone. Rounding stays below; a leak changes logits by tenths.
 LEAK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 8e-2}
-# Of errors of layers that compute with what they are given in place of a mask.
-_WITH_A_MASK = ("size of tensor", "size of the tensor", "attn_mask", "masked_fill")
+# In errors of layers that compute with what they are given in place of a mask.
+_WITH_A_MASK = re.compile("sizes? of (the )?tensor|attn_mask|masked_fill|shape|same device|index", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def batch_loss(
     `virtual_columns`: so many columns of the logits stand before the first token, those of a soft prompt. With a
     `head`, the logits are never whole.
     """
-    found = of_targets(model, batch, accepts=accepts, virtual_columns=virtual_columns, head=head)
+    found = predictions(model, batch, accepts=accepts, virtual_columns=virtual_columns, head=head)
     return loss_and_sums(found, batch.targets) if head is None else sums_of_judged(found, batch.targets.numel())
 
 
@@ -127,7 +128,7 @@ def probe(
     head, without_head = find_head(base)
     reason = _reason_for_padding(wanted, num_virtual_tokens, base, accepts)
     engine.eval()
-    leak, head_of_loss = _tried(engine, samples, device, accepts=accepts, head=head, packed=not reason)
+    leak, head_of_loss = _probe_pass(engine, samples, device, accepts=accepts, head=head, packed=not reason)
     engine.train()
     if not reason:
         reduced = torch.tensor(leak, device=device).nan_to_num(nan=math.inf)
@@ -159,7 +160,7 @@ def _reason_for_padding(
 
 
 @torch.no_grad()
-def _tried(
+def _probe_pass(
     model: torch.nn.Module,
     samples: Samples,
     device: torch.device,
@@ -176,11 +177,15 @@ def _tried(
     A signature is no evidence: some architectures take `position_ids` and let packed samples see each other. The
     packed pass also selects its logits, the other does not, so that both ways are compared.
     """
+    if head is None and not packed:
+        return 0.0, None  # nothing to learn from it
     first, second = (samples.sample(index % len(samples))[0][:longest] for index in (0, 1))
-    cache = {"use_cache": False} if "use_cache" in accepts else {}
+    given: dict[str, Any] = {"use_cache": False} if "use_cache" in accepts else {}
+    token_ids = torch.from_numpy(second).to(device)[None]
+    as_trained = {"attention_mask": torch.ones_like(token_ids)} if "attention_mask" in accepts and not packed else {}
     seen: list[Seen] = []
     with observed(head, seen) if head is not None else nullcontext():
-        alone = _logits_of(model(input_ids=torch.from_numpy(second).to(device)[None], **cache))
+        alone = _logits_of(model(input_ids=token_ids, **as_trained, **given))
     head_of_loss = loss_head(head, seen, alone) if head is not None else None
     if not packed:
         return 0.0, head_of_loss
@@ -189,9 +194,9 @@ def _tried(
     columns = torch.arange(len(first), len(first) + len(second), device=device)
     try:
         with one_by_one((len(first), len(second))):
-            output = model(input_ids=together, position_ids=positions[None], logits_to_keep=columns, **cache)
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _WITH_A_MASK):
+            output = model(input_ids=together, position_ids=positions[None], logits_to_keep=columns, **given)
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        if not _WITH_A_MASK.search(str(error)):
             raise
         # Its layers compute with the mask, which here says how long the samples are.
         raise ModelError(f"This model takes no packed rows ({first_line(error)}); set train.packing=off.") from error
@@ -200,7 +205,7 @@ def _tried(
     return float(change / expected.abs().max().clamp_min(1e-12)), head_of_loss
 
 
-def of_targets(
+def predictions(
     model: torch.nn.Module,
     batch: Batch,
     *,

@@ -24,7 +24,7 @@ from launch.errors import MergeError, first_line
 from launch.free_memory import available_bytes
 from launch.merge_rule import DTYPES
 from launch.model import added_token_ids, load_base
-from launch.packing import collate, forward_arguments, of_targets
+from launch.packing import collate, forward_arguments, predictions
 from launch.recipe import ModelBlock
 from launch.samples import Samples
 from launch.table import format_bytes
@@ -205,7 +205,7 @@ def _logits(load: Callable[[], torch.nn.Module], rows: Samples) -> list[list[tor
 
 def _read(model: torch.nn.Module, rows: Samples, accepts: frozenset[str]) -> list[torch.Tensor]:
     batches = (collate(rows, [index], torch.device("cpu"), packed=False) for index in range(len(rows)))
-    return [of_targets(model, batch, accepts=accepts).float().clone() for batch in batches]
+    return [predictions(model, batch, accepts=accepts).float().clone() for batch in batches]
 
 
 def _deviation(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

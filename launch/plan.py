@@ -17,7 +17,7 @@ import yaml
 from launch import memory, speed
 from launch.activations import Adapted, MicroBatch, Way, adapter_bytes, logits_bytes, passing_bytes, saved_bytes
 from launch.errors import ConfigError, ModelError
-from launch.hardware import Hardware
+from launch.hardware import CPU, Hardware
 from launch.hub import fetch, header_shapes
 from launch.memory import Model, Sharding
 from launch.recipe import TINY_MODEL_NAME, LoraBlock, PrefixTuningBlock, Recipe
@@ -84,6 +84,7 @@ class Case:
     precision: str
     packed: bool
     trained_share: float  # of the tokens
+    judged: bool | None = None  # whether the loss is computed within the head; None: as is likely
 
     @property
     def longest_tokens(self) -> int:
@@ -110,23 +111,26 @@ class Case:
 
     def sizes(self, num_tokens: int, longest_tokens: int, num_targets: int) -> MicroBatch:
         """One of so many tokens (cells, where padded), its longest sample's and trained ones, as the model sees it."""
+        is_masked = self.is_masked(longest_tokens)
         return MicroBatch(
             num_tokens,
-            num_columns=num_tokens if self.packed and self.is_masked else longest_tokens,
+            num_columns=num_tokens if self.packed and is_masked else longest_tokens,
             num_targets=num_targets,
             num_logit_rows=num_targets if self.packed or self.is_judged_in_head else num_tokens,
-            is_masked=self.is_masked,
+            is_masked=is_masked,
             is_judged_in_head=self.is_judged_in_head,
         )
 
-    @property
-    def is_masked(self) -> bool:
-        """Whether attention has a mask: packed samples are else attended one by one."""
-        return not self.packed or self.recipe.model.attn_implementation == "eager"
+    def is_masked(self, longest_tokens: int) -> bool:
+        """Whether attention has a mask: packed samples that fit into its window are else attended one by one."""
+        has_window = 0 < self.base.window_tokens < longest_tokens
+        return not self.packed or has_window or self.recipe.model.attn_implementation == "eager"
 
     @functools.cached_property  # every budget that is tried asks
     def is_judged_in_head(self) -> bool:
-        """What a run's probe of the head will most likely say: of layers that are not known, that it cannot be."""
+        """What a run's probe of the head said, or most likely will: of layers that are not known, that it cannot."""
+        if self.judged is not None:
+            return self.judged
         trained = trained_shapes(self.recipe, self.base)
         is_trained = any(f".{self.base.head}." in name or "token_adapter" in name for name in trained)
         return self.base.is_known and self.base.family != "chatglm" and not is_trained
@@ -220,8 +224,14 @@ def way_of(case: Case, sharding: Sharding, load_in_4bit: bool, gradient_checkpoi
         eager=case.recipe.model.attn_implementation == "eager",
         gradient_checkpointing=gradient_checkpointing,
         keeps_linear_inputs=sharding.stage == 3 and not load_in_4bit,
-        groups_heads=case.hardware.gpu.has_bf16 and case.value_bytes == 2,  # FlashAttention: sample_attention.py
+        groups_heads=_groups_heads(case),
     )
+
+
+def _groups_heads(case: Case) -> bool:
+    """What launch/sample_attention.py finds on the hardware itself; FlashAttention came with bf16."""
+    gpu = case.hardware.gpu
+    return gpu == CPU or (gpu.has_bf16 and case.value_bytes == 2 and case.base.head_dim <= 256)
 
 
 def adapted_of(case: Case) -> Adapted:
@@ -283,7 +293,7 @@ def choose(case: Case, model: Model, layout: str, *, gradient_checkpointing: boo
     sharding = read_sharding(layout)
     way = way_of(case, sharding, model.load_in_4bit, gradient_checkpointing)
     fixed = fixed_gpu_bytes(case, model, sharding, gradient_checkpointing)
-    adapters = adapter_bytes(case.base, adapted_of(case), way, is_masked=case.is_masked)
+    adapters = adapter_bytes(case.base, adapted_of(case), way, is_masked=case.is_masked(case.longest_tokens))
     longest, ranks, gpu_bytes = case.longest_tokens, case.hardware.num_ranks, case.hardware.gpu.memory_bytes
 
     def fits(tokens: int, share: float = 1.0) -> bool:

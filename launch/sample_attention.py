@@ -17,6 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, packed_sequence_mask_function, sdpa_mask
 
+from launch.errors import ModelError
+
 _packed: ContextVar[tuple[int, ...]] = ContextVar("lengths of the packed samples", default=())
 
 
@@ -102,11 +104,21 @@ def _attention(
     scaling: float | None = None,
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
-    """[1, seq, heads, head_dim] of query, key and value [1, heads, seq, head_dim]; these may have fewer heads."""
+    """[1, seq, heads, head_dim] of query, key and value [1, heads, seq, head_dim]; these may have fewer heads.
+
+    Raises ModelError for what transformers' sdpa would do besides, and this does not.
+    """
     if attention_mask is None or attention_mask.dtype != torch.int64:
         given |= {"dropout": dropout, "scaling": scaling}
         whole: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **given)
         return whole
+    asked = [name for name in ("position_bias", "softcap") if given.get(name) is not None]
+    asked += ["is_causal=False"] if given.get("is_causal") is False else []
+    if asked:
+        raise ModelError(
+            f"{type(module).__name__} asks its attention for {asked[0]}, which packed samples attended one by one do "
+            "not have; set train.packing=off."
+        )
     num_groups = query.shape[1] // key.shape[1]
     if num_groups > 1 and not groups_heads(query, value):
         key, value = (tensor.repeat_interleave(num_groups, dim=1) for tensor in (key, value))

@@ -59,6 +59,7 @@ class Base:
     layer_prefix: str = "model.layers."  # what the names of the decoder layers begin with
     embedding: str = "model.embed_tokens"  # the path of the input embeddings
     head: str = "lm_head"  # that of the head; of a tied one there is no parameter
+    window_tokens: int = 0  # that a token sees at most, in some layers; 0: all before it
 
     @property
     def is_known(self) -> bool:
@@ -111,6 +112,7 @@ def base_of_config(config: Mapping[str, Any], where: str, shapes: Shapes | None 
             has_own_code=family in OWN_CODE or (not is_known and bool(config.get("auto_map"))),
             buffer_numbers=_alibi_numbers(config, heads) if family == "baichuan" else 0,
             shapes={},
+            window_tokens=_window_tokens(config, family),
         )
     except KeyError as error:
         raise ModelError(f"{where}: config.json has no {error.args[0]}, which a {family} must have.") from None
@@ -195,6 +197,12 @@ def _in_order(base: Base, computed: Shapes, shapes: Shapes, where: str) -> Shape
     known = {name: shapes[name] for name in computed if name in shapes}
     tied = () if f"{base.head}.weight" in computed else (f"{base.head}.weight",)
     return known | {name: shape for name, shape in shapes.items() if name not in tied}
+
+
+def _window_tokens(config: Mapping[str, Any], family: str) -> int:
+    """Qwen's have a width in config.json, and use it only where they say so."""
+    is_used = config.get("use_sliding_window", family not in ("qwen2", "qwen3"))
+    return int(config.get("sliding_window") or 0) if is_used else 0
 
 
 def _alibi_numbers(config: Mapping[str, Any], heads: int) -> int:

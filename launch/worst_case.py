@@ -166,7 +166,8 @@ def _sentence(job: Job, largest: Largest, where: str, device: Device) -> str:
     try:
         base_name = str(job.model.peft_config[ADAPTER_NAME].base_model_name_or_path)
         share = num_targets / tried.num_tokens
-        case = case_of_run(job.recipe, base_name, job.identity["precision"], share, packed=job.packed)
+        precision, judged = job.identity["precision"], job.head is not None
+        case = case_of_run(job.recipe, base_name, precision, share, packed=job.packed, judged=judged)
         sharding = plan.sharding_of(job.accelerator.state.deepspeed_plugin.deepspeed_config)
         return sentence(tried, device, case, sharding)
     except Exception as error:  # whatever the plan lacks, this is no time to fail

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -161,6 +162,23 @@ def test_the_budget_that_fits_fits_and_one_token_more_does_not() -> None:
         )
 
     assert obstacle(longer) == "" and obstacle(too_long) == "GPU memory"
+
+
+def test_samples_longer_than_the_window_bring_the_mask_back() -> None:
+    """Of all pairs of the row's tokens (launch/sample_attention.py); others are attended one by one."""
+    case = case_of_14b(hardware())
+    windowed = replace(case, base=replace(case.base, window_tokens=512))
+    assert not case.sizes(4096, 513, 100).is_masked
+    for longest, columns in ((512, 512), (513, 4096)):
+        sizes = windowed.sizes(4096, longest, 100)
+        assert (sizes.is_masked, sizes.num_columns) == (longest > 512, columns)
+
+
+def test_what_a_run_knows_of_its_head_goes_before_what_is_likely() -> None:
+    case = case_of_14b(hardware())
+    unknown = replace(case, base=replace(case.base, family="glm"))
+    assert case.is_judged_in_head and not unknown.is_judged_in_head
+    assert replace(unknown, judged=True).is_judged_in_head and not replace(case, judged=False).is_judged_in_head
 
 
 def test_nothing_fits_says_what_lacks_least() -> None:

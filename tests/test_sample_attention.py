@@ -144,3 +144,43 @@ def test_a_model_that_computes_with_the_mask_is_refused_in_a_sentence() -> None:
     samples = Samples(np.arange(18, dtype=np.int32), np.ones(18, np.bool_), np.array([0, 9]), lengths, lengths)
     with pytest.raises(ModelError, match=r"^This model takes no packed rows \(.*\); set train.packing=off\.$"):
         probe("auto", 0, model, model, samples, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"is_causal": False}, "is_causal"),
+    ],
+)
+def test_what_sdpa_would_do_besides_is_not_left_out_silently(asked: dict[str, Any], name: str) -> None:
+    """A bias of positions (Inkling) may be too small for the probe to notice."""
+    query, lengths = torch.randn(1, 4, 12, 8), torch.tensor([7, 5])[None, None, None]
+    with pytest.raises(ModelError, match=rf"^Linear asks its attention for {name}.*; set train.packing=off\.$"):
+        sample_attention._attention(torch.nn.Linear(1, 1), query, query, query, lengths, **asked)
+
+
+class NeedsItsMask(torch.nn.Module):
+    """A user's own; as most of them it takes no position_ids."""
+
+    def __init__(self, *, says_its_head: bool) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(100, 8), torch.nn.Linear(8, 100)
+        self.requires_grad_(False)
+        if says_its_head:
+            self.get_output_embeddings = lambda: self.head
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.embed(input_ids) * attention_mask[..., None])
+        return logits
+
+
+@pytest.mark.parametrize("says_its_head", [True, False])
+def test_a_padded_model_is_probed_as_it_is_trained(says_its_head: bool) -> None:
+    """With a mask, which it may need; and not at all where there is nothing to learn."""
+    model, lengths = NeedsItsMask(says_its_head=says_its_head), np.array([9, 9])
+    samples = Samples(np.arange(18, dtype=np.int32), np.ones(18, np.bool_), np.array([0, 9]), lengths, lengths)
+    probed = probe("auto", 0, model, model, samples, torch.device("cpu"))
+    assert probed.packing == "padded: NeedsItsMask takes no position_ids or logits_to_keep"
+    assert (probed.head is not None) == says_its_head

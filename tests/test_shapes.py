@@ -72,6 +72,21 @@ def tiny_recipe(adapter: dict[str, Any], **model: Any) -> Recipe:
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 512}, 512),
+        ({"model_type": "mistral", "sliding_window": None}, 0),
+        ({"model_type": "llama"}, 0),
+        ({"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": False}, 0),
+        ({"model_type": "qwen2", "sliding_window": 512}, 0),
+        ({"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": True}, 512),
+    ],
+)
+def test_a_window_counts_where_it_is_used(config: dict[str, Any], window: int) -> None:
+    assert base_of_config(TINY | config, "here").window_tokens == window
+
+
 def tiny_base(name: str = "qwen2") -> Base:
     return base_of_config(VARIANTS[name], name)
 
