@@ -21,6 +21,8 @@ TRL_STAMP := .venv-trl/$(TRL)-$(notdir $(RUN_STAMP))
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PIP_INSTALL := .venv/bin/python -m pip install -q --disable-pip-version-check
+# Two at a time: a launch is mostly imports on one core, and many tests wait. One cluster has its tests one by one.
+PYTEST := python -m pytest -q -n 2 --dist worksteal
 TRL_PIP_INSTALL := $(PIP_INSTALL:.venv/%=.venv-trl/%)
 
 .PHONY: help run test test-fast lint bench clean
@@ -33,10 +35,11 @@ run: $(RUN_STAMP)  ## train: make run RECIPE=configs/recipes/NAME.yaml ARGS="tra
 
 test: test-fast  ## every check: lint, the fast tests, then the slow ones
 	@tests/slurm/install.sh
-	python -m pytest -q -m slow
+	$(PYTEST) -m slow --ignore tests/slurm
+	python -m pytest -q -m slow tests/slurm
 
 test-fast: lint  ## lint and the fast tests
-	python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(TEST_STAMP)  ## ruff and mypy
 	ruff check .

@@ -213,14 +213,14 @@ def passing_bytes(base: Base, adapters: Sequence[int], batch: MicroBatch, way: W
 def logits_bytes(base: Base, batch: MicroBatch, way: Way) -> int:
     """The logits and what the loss makes of them at its worst.
 
-    Within the head (launch/head.py): those of some positions at a time, and of all of them the hidden states that are
-    picked and their gradient. Outside (metrics.tokens.loss_and_sums): at the positions of trained tokens three fp32
-    numbers a token of the vocabulary, in the backward pass. Where the head is computed at more positions than those,
-    these logits stand beside them, in fp32 with code of the model's own.
+    Within the head (launch/head.py): those of some positions at a time, and of all of them the hidden states that the
+    model picks, those that the head picks of them, and the gradient. Outside (metrics.tokens.loss_and_sums): at the
+    positions of trained tokens three fp32 numbers a token of the vocabulary, in the backward pass. Where the head is
+    computed at more positions than those, these logits stand beside them, in fp32 with code of the model's own.
     """
     if batch.is_judged_in_head:
         at_once = min(batch.num_targets, max(LOGITS_AT_ONCE // base.vocab_size, 1)) * base.vocab_size
-        kept = 2 * batch.num_targets * base.hidden_size * way.value_bytes
+        kept = 3 * batch.num_targets * base.hidden_size * way.value_bytes
         return at_once * LOGITS_AT_ONCE_BYTES + kept
     other = FP32_BYTES if base.has_own_code else way.value_bytes
     beside = max(batch.num_logit_rows - batch.num_targets, 0) * other * base.vocab_size

@@ -351,7 +351,10 @@ def by_peft(path: Path, directory: Path) -> dict[str, Any]:
 def test_the_merge_is_that_of_peft_into_the_base_that_was_quantised(
     phi: World, stage: int, kind: str, tmp_path: Path
 ) -> None:
-    """Bit by bit, with the rows that were added to it, at the end of the run and from disk."""
+    """Bit by bit, with the rows that were added to it, at the end of the run and from disk.
+
+    The reports agree as well, but for the last digits by which logits in fp32 deviate: processes multiply otherwise.
+    """
     rows = {"trainable_token_indices": "added"}
     adapter = {"saved": {}, "whole": {}, "rows": ROWS, "tied": {"target_modules": ["q_proj", "down_proj"], **rows}}[
         kind
@@ -381,8 +384,10 @@ def test_the_merge_is_that_of_peft_into_the_base_that_was_quantised(
         {path.name: path.read_bytes() for path in place.iterdir()}
         for place in (tmp_path / "merged", directory / "merged")
     )
-    differ = {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)}
-    assert differ == ({"merge_report.json", "manifest.json"} if kind == "whole" else set())  # they tell the step
+    reports = [json.loads(files.pop("merge_report.json")) for files in (ours, theirs)]
+    assert reports[0]["logits"].pop("deviation") == pytest.approx(reports[1]["logits"].pop("deviation"), rel=0.01)
+    assert reports[0] == reports[1] or kind == "whole"  # which tells the step
+    assert {name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)} <= {"manifest.json"}
 
 
 @pytest.mark.slow

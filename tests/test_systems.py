@@ -91,7 +91,10 @@ def test_qwen2_on_chinese_alpaca_rows(method: str, tmp_path: Path) -> None:
 
 
 def test_qwen1_5_keeps_and_merges_the_best_step(tmp_path: Path) -> None:
-    """The flagship: evaluated every few steps, the best one merged, the last one beside it."""
+    """The flagship: evaluated every few steps, the best one merged, the last one beside it where that is another.
+
+    Which one it is depends on the CPU; tests/test_best.py has a run whose last step is never the best.
+    """
     rows, path = real_rows("huanhuan.json", tmp_path)
     base = build_base(tmp_path / "base", [row["instruction"] + row["output"] for row in rows], vocab_size=2000)
     recipe = ROOT / "configs/recipes/qwen1.5-14b-lora.yaml"
@@ -103,7 +106,7 @@ def test_qwen1_5_keeps_and_merges_the_best_step(tmp_path: Path) -> None:
         *SMALL,
         "train.eval_steps=2",
         "train.warmup_steps=1",
-        "train.learning_rate=0.5",  # too high to the end: the loss rises again
+        "train.learning_rate=0.5",  # too high to the end: the loss mostly rises again
         "train.lr_scheduler_type=constant_with_warmup",
     ]
     directory = tmp_path / "runs" / recipe.stem
@@ -111,7 +114,6 @@ def test_qwen1_5_keeps_and_merges_the_best_step(tmp_path: Path) -> None:
     losses = {r["step"]: r["loss"] for r in runs.read_metrics(directory) if r["kind"] == "evaluation" and r["step"]}
     best = min(losses, key=lambda step: losses[step])
     report = json.loads((directory / "merged/merge_report.json").read_text(encoding="utf-8"))
-    assert best != 8, "otherwise the last step is the best one, and nothing is chosen"
     assert report["step"] == best
     assert (directory / "endpoint").exists() == (best != 8)
     tokenizer = AutoTokenizer.from_pretrained(directory / "merged")
