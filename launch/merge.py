@@ -212,9 +212,14 @@ def _write_shards(
     _keep_freed_memory()
     closing: dict[str, Future[Identity]] = {}
     layouts = [[layout for part in shard for layout in part.layouts(dtype)] for shard in shards]
-    with _one_thread(), ThreadPoolExecutor(1, "write") as writer, ThreadPoolExecutor(1, "sha256") as hasher:
+    with (
+        _one_thread(),
+        ThreadPoolExecutor(1, "sync") as syncer,
+        ThreadPoolExecutor(1, "write") as writer,
+        ThreadPoolExecutor(1, "sha256") as hasher,
+    ):
         for name, shard, places in zip(shard_names(len(shards)), shards, layouts, strict=True):
-            file = ShardFile(directory / name, places, writer, hasher)
+            file = ShardFile(directory / name, places, writer=writer, hasher=hasher, syncer=syncer)
             for part, rows in zip(shard, blocks, strict=False):
                 if len(part.published) > 1 and not part.slabs:  # in another order in files: whole, and taken apart
                     whole = torch.cat(list(rows))

@@ -35,6 +35,7 @@ DTYPE_NAMES = {
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 BLOCK_BYTES = 2 << 20  # of fp32: what is worked on at a time
 _BLOCKS_AHEAD = 2  # that wait to be written
+_SYNC_BYTES = 64 << 20  # that are written before the disk is asked for them
 
 
 @dataclass(frozen=True)
@@ -203,12 +204,15 @@ def index_of(shards: Sequence[Sequence[Layout]]) -> dict[str, Any]:
 
 
 class ShardFile:
-    """A safetensors file that is written from its first byte to its last, and hashed, each in a thread of its own.
+    """A safetensors file that is written from its first byte to its last, hashed and synced, each in its own thread.
 
-    The threads have one worker each; what one of them raises is raised by the next call.
+    The threads have one worker each; what one of them raises is raised by the next call, what the disk says by the
+    result of `close`.
     """
 
-    def __init__(self, path: Path, layouts: Sequence[Layout], writer: Executor, hasher: Executor) -> None:
+    def __init__(
+        self, path: Path, layouts: Sequence[Layout], *, writer: Executor, hasher: Executor, syncer: Executor
+    ) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end_bytes = 0
         for layout in layouts:
@@ -222,8 +226,10 @@ class ShardFile:
         text += b" " * (-len(text) % 8)  # so that the tensors are aligned
         self._file: BinaryIO = path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
-        self._writer, self._hasher = writer, hasher
+        self._writer, self._hasher, self._syncer = writer, hasher, syncer
         self._pending: deque[tuple[Future[None], Future[None]]] = deque()
+        self._syncs: list[Future[None]] = []
+        self._unsynced_bytes = 0
         self._add(memoryview(len(text).to_bytes(8, "little") + text))
 
     def append(self, block: torch.Tensor) -> None:
@@ -234,7 +240,7 @@ class ShardFile:
     def close(self) -> Future[dict[str, Any]]:
         """Its size and SHA-256, once it is on disk; the next file may be begun meanwhile."""
         self._settle(0)
-        return self._writer.submit(self._end)
+        return self._syncer.submit(self._end)
 
     def _add(self, block: memoryview) -> None:
         self._settle(_BLOCKS_AHEAD)
@@ -246,10 +252,16 @@ class ShardFile:
                 future.result()
 
     def _write(self, block: memoryview) -> None:
+        self._unsynced_bytes += len(block)
         while block:
             block = block[self._file.write(block) :]
+        if self._unsynced_bytes >= _SYNC_BYTES:  # the disk works beside the arithmetic, and not behind it
+            self._unsynced_bytes = 0
+            self._syncs.append(self._syncer.submit(os.fdatasync, self._file.fileno()))
 
     def _end(self) -> dict[str, Any]:
         with self._file:
+            for sync in self._syncs:  # an error is told once, and not again by the last one
+                sync.result()
             os.fsync(self._file.fileno())
             return {"bytes": self._file.tell(), "sha256": self._digest.hexdigest()}

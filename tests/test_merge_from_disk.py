@@ -1,6 +1,8 @@
 """`python -m launch merge`: the bytes that PEFT's own merge in fp32 gives, and one sentence for what does not fit."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from test_cli import python_m_launch
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from launch import hub, merge_rule
+from launch import hub, merge_rule, shards
 from launch.checkpoint import path_of_step
 from launch.errors import MergeError
 from launch.merge_from_disk import find_source, merge_from_disk
@@ -129,6 +131,22 @@ def merge(directory: Path, **options: Any) -> bool:
     return merge_from_disk(
         find_source(directory / "adapter"), directory / "merged", **{"max_shard_size_bytes": 20_000, **options}
     )
+
+
+def test_an_error_of_the_disk_beside_the_writing_ends_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system tells it once, to whoever syncs first, and the last sync of the file would succeed."""
+
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    make(tmp_path, *CASES["lora"])
+    monkeypatch.setattr(shards, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(os, "fdatasync", failing)
+    with pytest.raises(MergeError, match="could not be written: Input/output error; nothing was kept"):
+        merge(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 @pytest.mark.parametrize("shape", [(2048, 5632), (5632, 2048), (4096, 11008), (1000, 777)])
