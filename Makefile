@@ -21,11 +21,12 @@ TRL_STAMP := .venv-trl/$(TRL)-$(notdir $(RUN_STAMP))
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PIP_INSTALL := .venv/bin/python -m pip install -q --disable-pip-version-check
-# Two at a time: a launch is mostly imports on one core, and many tests wait. One cluster has its tests one by one.
-# So have those that take memory away from a rank: it would find what other tests have left in the process.
-ALONE := tests/test_worst_case.py
-PYTEST := python -m pytest -q -n 2 --dist worksteal
 TRL_PIP_INSTALL := $(PIP_INSTALL:.venv/%=.venv-trl/%)
+
+# Two tests at a time: a launch is mostly imports on one core, and many tests wait. One by one those of a cluster, and
+# those that take memory away from a rank: it would find what other tests have left in the process.
+PYTEST := python -m pytest -q -n 2 --dist worksteal
+ALONE := tests/test_worst_case.py
 
 .PHONY: help run test test-fast lint bench clean
 

@@ -1,5 +1,6 @@
 """launch status: what the files of runs say, whoever writes them and whatever has become of them."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -467,13 +468,14 @@ def test_watching_ends_quietly(tmp_path: Path) -> None:
     ended(tmp_path / "r")
     command = [sys.executable, "-m", "launch", "status", str(tmp_path / "r"), "--watch", "--interval", "0.5"]
     main, terminal = pty.openpty()
-    process = subprocess.Popen(command, cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = subprocess.Popen(command, cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=heed)
     os.close(terminal)
     said = b""
     while said.count(b"Ctrl-C ends this") < 2:
         said += os.read(main, 4096)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
+    assert process.wait(10) == 0
     os.close(main)
     assert said.count(b"\x1b[H") == 2 and b"Traceback" not in said and b"preempted" in said
 
