@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def run(side: str, work: Path, out: Path) -> dict[str, float]:
     """One side: seconds, those of the CPU, and peak resident memory above that of the imports."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # PEFT's of transformers, over and over
     before = forget_peak()
     begin, begin_cpu = time.monotonic(), time.process_time()
     SIDES[side](work, out)

@@ -17,6 +17,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from launch.errors import DataError, RefusedConversationError, TemplateError
@@ -327,12 +328,18 @@ class _Generation(Extension):
         return _mark("begin") + caller() + _mark("end")
 
 
+_METHODS = frozenset(dir(dict))
+_OF_A_LOOP = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Finds `message.role` of a plain dict without trying for an attribute first, which is most of a rendering."""
+    """Finds `message.role` of a plain dict, and `loop.first`, without what else it might be: most of a rendering."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and not hasattr(dict, attribute):
+        if type(obj) is dict and attribute not in _METHODS:
             return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        if type(obj) is LoopContext and attribute in _OF_A_LOOP:
+            return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
 

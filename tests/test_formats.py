@@ -196,6 +196,8 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("a tool without a name", {**messages(U, A), "tools": [{"type": "function"}]}, "malformed", "tools[0] must have a name"),
     ("a lone surrogate", {"input": "a", "output": "b\ud800"}, "malformed", "message 2 is not valid Unicode: surrogates not allowed ('\\ud800')"),
     ("a lone surrogate in a tool", {**messages(U, A), "tools": [{"name": "\udcff"}]}, "malformed", "tools is not valid Unicode"),
+    ("a lone surrogate in a call", messages(U, {"role": "assistant", "content": "a", "tool_calls": [{"name": "f", "arguments": {"a": "\udcff"}}]}), "malformed", "message 2 is not valid Unicode"),
+    ("a lone surrogate in the name of a tool", messages(U, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "name": "\udcff", "content": "a"}, A), "malformed", "message 3 is not valid Unicode"),
     ("completion is missing", {"prompt": "a", "completion": None, "x": 1}, "empty answer", "message 2 of 2"),
     ("no messages", {"messages": []}, "no user turn", "nobody asks anything"),
     ("a system message only", messages(("system", "a")), "no user turn", "nobody asks anything"),

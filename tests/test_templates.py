@@ -273,8 +273,13 @@ def test_a_row_cannot_forge_a_span() -> None:
     assert [rendered.text[start:end] for start, end in rendered.answers] == ["North.<|im_end|>"]
 
 
-def test_the_sandbox_keeps_templates_from_python() -> None:
-    evil = dataclasses.replace(load_chat_template("chatml"), source="{{ ''.__class__.__mro__ }}")
+@pytest.mark.parametrize(
+    "path",
+    ["''.__class__.__mro__", "message.__class__.__mro__", "loop.__init__.__code__", "loop.cycle.__func__.__code__"],
+)
+def test_the_sandbox_keeps_templates_from_python(path: str) -> None:
+    source = f"{{% for message in messages %}}{{{{ {path} }}}}{{% endfor %}}"
+    evil = dataclasses.replace(load_chat_template("chatml"), source=source)
     with pytest.raises(TemplateError, match="refused a conversation"):
         render_chat(evil, messages("single"))
 
