@@ -275,7 +275,7 @@ def main() -> int:
     print(f"{about['cpu']}, {CORES} cores, {about['platform']}, torch {torch.__version__}")
     print(
         f"{options['samples']:,} samples of {options['tokens']:,} tokens, vocabulary {options['vocab']:,}: "
-        f"{gathered:,.1f} GiB of logits; losses and right tokens are equal on all sides\n"
+        f"{gathered:,.1f} GiB of logits; losses and right tokens must be equal on all sides\n"
     )
     with tempfile.TemporaryDirectory() as directory:
         found = measure(options, Path(directory))
