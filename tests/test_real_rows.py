@@ -33,7 +33,7 @@ def test_300_steps_on_real_rows(name: str, tmp_path: Path) -> None:
             "save_steps": 150,
         },
     )
-    launch(recipe, 4)
+    launch(recipe, 2)
     report = json.loads((world.run_directory(name) / "data_report.json").read_text(encoding="utf-8"))
     assert report["rows"] == len(rows)
     assert report["outcomes"] == {"trained": len(rows) - 100, "evaluated": 100}
