@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 MAX_JSON_ARRAY_BYTES = 1_000_000_000  # an array is read whole
-_LINES_PER_CHUNK_BYTES = 1 << 18  # small ones: the last of them keep one process waiting
+_LINES_PER_CHUNK_BYTES = 1 << 18  # small: while the last chunk is prepared, the other processes wait
 _ROWS_PER_CHUNK = 200
 _NOT_READ = (".arrow", ".bz2", ".gz", ".ndjson", ".tsv", ".xz", ".zip", ".zst")  # look like data, and are not skipped
 _SPACE = re.compile(r"[ \t\r\n]*")

@@ -275,7 +275,7 @@ def test_a_row_cannot_forge_a_span() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["''.__class__.__mro__", "message.__class__.__mro__", "loop.__init__.__code__", "loop.cycle.__func__.__code__"],
+    ["''.__class__.__mro__", "message.__class__.x", "loop._iterator.x", "loop.cycle.__func__.x"],
 )
 def test_the_sandbox_keeps_templates_from_python(path: str) -> None:
     source = f"{{% for message in messages %}}{{{{ {path} }}}}{{% endfor %}}"
