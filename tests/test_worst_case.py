@@ -80,7 +80,7 @@ def test_of_a_long_run_it_is_found_soon() -> None:
     lengths = generator.integers(8, 200, 500_000)
     num_trained = lengths // 2
     lengths[123_456], num_trained[123_456] = 2048, 2000
-    start = time.monotonic()
+    start = time.process_time()
     found = batching.largest_micro_batches(
         lengths,
         num_trained,
@@ -91,7 +91,7 @@ def test_of_a_long_run_it_is_found_soon() -> None:
         num_ranks=4,
         padded=False,
     )
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     assert found == ([123_456], [123_456])
 
 
