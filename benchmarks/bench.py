@@ -34,7 +34,7 @@ COMMANDS = {  # section of the page: what measures it
     "prepare_rows": ("prepare_rows.py",),
     "start": ("start.py",),
     "checkpoint": ("checkpoint.py",),
-    "merge": ("merge.py --gigabytes 1", "merge.py --gigabytes 4 --repeats 1"),
+    "merge": ("merge.py",),
     "scaling": ("scaling.py",),
 }
 NEED_ROWS, NEED_TRL = ("training", "prepare_rows", "scaling"), ("training", "prepare_rows")
