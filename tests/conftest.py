@@ -1,5 +1,7 @@
 """Tiny real models, tokenizers and rows, and ranks forked from one process that has already imported everything."""
 
+import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,8 +33,10 @@ from launch.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
-RANK_TIMEOUT_SECONDS = 300
+RANK_TIMEOUT_SECONDS = 1200  # of ranks that hang; the longest test takes two minutes
 ON_DISK = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+# Below those that Linux gives of itself (net.ipv4.ip_local_port_range), and of each of two workers its own.
+_PORTS = itertools.cycle(range(30_001 + (os.environ.get("PYTEST_XDIST_WORKER") == "gw1"), 32_767, 2))
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 
 
@@ -211,13 +215,20 @@ def deepspeed_json(directory: Path, stage: int = 3, **fp16: Any) -> Path:
     return path
 
 
+def free_port() -> int:
+    """Another one each time, and none that a test beside this one or the system itself gives to somebody else."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("without end")
+
+
 def start_ranks(
     num_ranks: int, function: Callable[..., Any], *arguments: Any, deepspeed: Path | None = None
 ) -> list[tuple[Any, Any]]:
     """`function(*arguments)` on forked ranks in the environment that accelerate launch gives; (process, pipe) each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = deepspeed or deepspeed_json(Path(tempfile.mkdtemp()))
     context = multiprocessing.get_context("fork")
     children = []

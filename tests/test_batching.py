@@ -11,6 +11,7 @@ from launch.batching import epoch_order, lay_out, samples_in_run, step_samples, 
 sizes = st.integers(1, 60)
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(1, 40), st.floats(0.3, 3.5), st.integers(0, 5))
 def test_every_sample_is_used_once_an_epoch_in_the_order_of_its_permutation(
     num_samples: int, batch: int, epochs: float, seed: int
@@ -34,7 +35,7 @@ def test_the_order_never_changes() -> None:
 ORDER_0_0 = [2, 4, 3, 6, 5, 0, 1, 7]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 100), max_size=50), st.integers(100, 400), st.integers(1, 5), st.booleans())
 def test_a_layout_holds_every_sample_once_within_the_budget(
     lengths: list[int], budget: int, num_ranks: int, padded: bool

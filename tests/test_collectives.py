@@ -78,7 +78,7 @@ def test_a_wrong_number_is_refused_by_all_ranks(tmp_path: Path, name: str, said:
 
 def stopped(silent_rank: int, arguments: list[str]) -> int:
     """train.py's main; one rank stops in the first collective, as on a node that hangs."""
-    collectives._ANSWER_SECONDS = 1.0
+    collectives._ANSWER_SECONDS = 3.0
     real = collectives._seconds
 
     def seconds(*given: Any) -> Any:
@@ -103,7 +103,7 @@ def test_a_rank_that_does_not_answer_is_named_and_all_others_end(
         if rank != silent_rank:
             child.join(60)
             assert child.exitcode == 1
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 60
     children[silent_rank][0].kill()
     status = runs.read_status(world.run_directory(recipe.stem))
     assert (status["state"], status["may_go_on"]) == ("failed", True)
@@ -129,7 +129,7 @@ def test_ranks_that_make_no_process_group_end(world: World, capfd: pytest.Captur
     (first, _), (second, _) = start_ranks(2, apart, [str(recipe)])
     first.join(60)
     second.kill()
-    assert first.exitcode == 1 and time.monotonic() - start < 30
+    assert first.exitcode == 1 and time.monotonic() - start < 60
     status = runs.read_status(world.run_directory("apart"))
     assert (status["state"], status["may_go_on"]) == ("failed", True)
     expected = "The ranks made no process group within 2 s, and all are there; name the network"

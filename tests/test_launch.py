@@ -64,7 +64,7 @@ def wait_until(condition: object, seconds: float, what: str) -> None:
 def test_sigterm_to_the_launcher_saves_and_continues(world: World) -> None:
     recipe = world.recipe("preempted", train=SETTINGS)
     process = start(recipe)
-    wait_until(path_of_step(world.run_directory("preempted"), 10).exists, 120, "a checkpoint")
+    wait_until(path_of_step(world.run_directory("preempted"), 10).exists, 300, "a checkpoint")
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=60)
     status = runs.read_status(world.run_directory("preempted"))

@@ -406,7 +406,7 @@ def test_the_recipe_of_phi_2(phi: World) -> None:
     ]
     directory = phi.run_directory(recipe.stem)
     process = start(recipe, *overrides, config="zero2")
-    wait_until(path_of_step(directory, 2).exists, 120, "a checkpoint")
+    wait_until(path_of_step(directory, 2).exists, 300, "a checkpoint")
     process.kill()
     wait_until(lambda: not ranks_of(recipe), 5, "without ranks")
     process.communicate()

@@ -489,7 +489,7 @@ def test_watching_ends_quietly(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 0
     os.close(main)
-    assert said.count(b"\x1b[H") == 2 and b"Traceback" not in said and b"preempted" in said
+    assert said.count(b"\x1b[H") >= 2 and b"Traceback" not in said and b"preempted" in said
 
 
 def test_watching_needs_a_terminal(tmp_path: Path) -> None:
@@ -531,7 +531,7 @@ def test_steps_lost_to_kills_are_counted_one_by_one(world: World) -> None:
         assert child.exitcode == -signal.SIGKILL
         reached = (before[-1][0] if before else 0) + max(number - 1, 0)
         expected += reached - dict([(0, directory), *runs.published_checkpoints(directory)]).popitem()[0]
-        assert read(directory).step == reached and read(directory).total_steps == (12 if number else None)
+        assert (read(directory).step or 0) == reached and read(directory).total_steps == (12 if number else None)
         assert read(directory).state == "killed"
     launch(recipe, 1)
     run = read(directory)

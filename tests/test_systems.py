@@ -4,6 +4,7 @@ The real launcher on two ranks, killed once, continued by the same command, relo
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def killed_and_continued(
 ) -> str:
     """What the second launch printed: the first is killed after a checkpoint, the same command ends the run."""
     process = start(recipe, *overrides, config=config)
-    wait_until(path_of_step(directory, 2).exists, 120, "a checkpoint")
+    wait_until(path_of_step(directory, 2).exists, 300, "a checkpoint")
     process.kill()
     wait_until(lambda: not ranks_of(recipe), 5, "without ranks")
     process.communicate()
@@ -132,7 +133,8 @@ def test_a_module_of_ones_own_in_the_manner_of_chatglm(config: str, tmp_path: Pa
     )
     torch.manual_seed(0)
     torch.save(own_model.build().state_dict(), tmp_path / "own.pth")
-    recipe = ROOT / "configs/recipes/chatglm-6b-own-model.yaml"
+    shipped = ROOT / "configs/recipes/chatglm-6b-own-model.yaml"
+    recipe = Path(shutil.copy(shipped, tmp_path))  # two may run at once, whose ranks are told apart by it
     overrides = [
         f"model.factory={own_model.__file__}:build",
         f"model.name_or_path={tmp_path / 'own.pth'}",

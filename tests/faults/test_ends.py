@@ -62,7 +62,7 @@ def test_a_rank_killed_in_any_part_of_a_step_costs_no_update(
     world: World, straight: dict[str, torch.Tensor], place: str
 ) -> None:
     recipe = world.recipe(f"killed-in-{place}", train=SETTINGS)
-    with pytest.raises(AssertionError, match=r"exit code -9|[Cc]onnection"):
+    with pytest.raises(AssertionError, match=r"exit code -9|[Cc]onnection|gloo/transport"):
         run_ranks(2, killed_at, place, [str(recipe)])
     directory = world.run_directory(recipe.stem)
     assert not path_of_step(directory, 6).exists(), "it was killed before the end"
@@ -208,6 +208,6 @@ def test_too_many_bad_steps_are_told_by_rank_zero_alone(
     start = time.monotonic()
     with pytest.raises(AssertionError, match="exit code -15"):
         run_ranks(2, bad_steps, tmp_path / "failed", [str(recipe)])
-    assert time.monotonic() - start < 25
+    assert time.monotonic() - start < 60
     said = capfd.readouterr().err
     assert said.count("steps were skipped") == 1 and "the last good checkpoint is that of step 4" in said

@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def limited(max_file_bytes: int, arguments: list[str]) -> int:
     def counted_step(*given: Any) -> tuple[float, bool]:
         nonlocal steps
         steps += 1
+        if steps == 5:
+            time.sleep(0.5)  # for the save of step 4 to fail
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes if steps <= 4 else soft, hard))
         return real_step(*given)
 
@@ -131,6 +134,8 @@ def filled(directory: Path, free_bytes: int, arguments: list[str]) -> int:
         nonlocal steps
         steps += 1
         filler = directory / "logs" / "filler"
+        if steps == 5:
+            time.sleep(0.5)  # for the save of step 4 to fail
         if steps in (1, 5):
             filler.parent.mkdir(exist_ok=True)
             filler.unlink(missing_ok=True)

@@ -173,6 +173,8 @@ def slurm_cluster() -> Iterator[Cluster]:
         down.callback(shutil.rmtree, directory)
         _write_configuration(directory)
         ours = {"PATH": PATH, "SLURM_CONF": str(directory / "slurm.conf"), "CUDA_VISIBLE_DEVICES": ""}
+        # For jobs: a rank that is alone on its node has more threads, which on some CPUs multiply otherwise.
+        ours["OMP_NUM_THREADS"] = "1"
         cluster = Cluster(directory, outside | ours)
         files = [f"--{key}-file={directory}/munge{key}" for key in ("key", "pid", "log", "seed")]
         down.enter_context(_daemon(cluster, "munged", "-F", "--force", f"--socket={directory}/munge.socket", *files))
