@@ -33,10 +33,12 @@ from launch.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
-RANK_TIMEOUT_SECONDS = 1200  # of ranks that hang; the longest test takes two minutes
+RANK_TIMEOUT_SECONDS = 1200  # of ranks that hang; the slowest that do not take two minutes
 ON_DISK = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
-# Below those that Linux gives of itself (net.ipv4.ip_local_port_range), and of each of two workers its own.
-_PORTS = itertools.cycle(range(30_001 + (os.environ.get("PYTEST_XDIST_WORKER") == "gw1"), 32_767, 2))
+# Below those that Linux gives of itself (net.ipv4.ip_local_port_range); each worker of pytest-xdist has its own.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_PORTS = itertools.cycle(range(30_000 + _WORKER, 32_768, _NUM_WORKERS))
 torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
 
 
@@ -217,11 +219,11 @@ def deepspeed_json(directory: Path, stage: int = 3, **fp16: Any) -> Path:
 
 def free_port() -> int:
     """Another one each time, and none that a test beside this one or the system itself gives to somebody else."""
-    for port in _PORTS:
+    while True:
+        port = next(_PORTS)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    raise AssertionError("without end")
 
 
 def start_ranks(

@@ -430,16 +430,18 @@ def test_a_queue_that_does_not_answer_is_not_waited_for(tmp_path: Path, monkeypa
 
 
 def test_twenty_long_runs_are_read_at_once(tmp_path: Path) -> None:
-    """Each has 20,000 lines of training after its only evaluation; parsing them all takes 25 times as long."""
+    """Each has 20,000 lines of training after its only evaluation; parsing those of five would take longer."""
     first = ended(tmp_path / "0")
     lines = "".join(json.dumps(train_record(step)) + "\n" for step in range(60, 200_060, 10))
     with (first / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(lines)
     for number in range(1, 20):
         shutil.copytree(first, tmp_path / str(number))
-    since = time.process_time()
+    begin = time.process_time()
     found = read_runs(find_runs([str(tmp_path)]))
-    assert time.process_time() - since < 2
+    seconds, begin = time.process_time() - begin, time.process_time()
+    runs.read_metrics(first)
+    assert seconds < 5 * (time.process_time() - begin)
     assert len(found) == 20 and all(run.evaluation == Figures(0, 3.0, 0.1) for run in found)
 
 
